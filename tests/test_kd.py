@@ -1,0 +1,225 @@
+"""What the losses must be: the equation by hand, published values, limits, and what must not change them."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kd import binary_kd_loss, distillation_loss, kd_loss, label_loss, mean_teacher
+
+# Values on which three independent implementations and plain Python agree to 12 digits.
+S2, T2, Y2 = [[2, -1], [0.5, 0.25]], [[3, -2], [-1, 1.5]], [0, 1]
+TWO_CLASSES = [  # T, alpha, T^2 KL, total, gradient of the total with respect to s[0][0] and s[1][0]
+    (1, 0.5, 0.283462995882, 0.360363190804, -0.022039723858, 0.262123705438),
+    (4, 0.9, 0.640664231168, 0.620324146624, -0.178989385258, 0.328663429745),
+    (20, 0.7, 0.718848640756, 0.634373064247, -0.180340469771, 0.324666803923),
+]
+S3, T3, Y3 = [[1, 2, 3], [0, -1, 0.5]], [[3, 1, 0.2], [-2, 0, 2]], [2, 0]
+
+
+def tensor(values, **options):
+    return torch.tensor(values, dtype=torch.float64, **options)
+
+
+@pytest.mark.parametrize("T, alpha, soft, total, grad0, grad1", TWO_CLASSES)
+def test_two_class_values_and_gradients_match_the_published_fixture(T, alpha, soft, total, grad0, grad1):
+    s = tensor(S2, requires_grad=True)
+    got_total, got_hard, got_soft = distillation_loss(s, tensor(T2), torch.tensor(Y2), T, alpha)
+    got_total.backward()
+    assert got_hard.item() == pytest.approx(0.437263385726, abs=1e-9)
+    assert got_soft.item() == pytest.approx(soft, abs=1e-9)
+    assert got_total.item() == pytest.approx(total, abs=1e-9)
+    assert s.grad[0, 0].item() == pytest.approx(grad0, abs=1e-9)
+    assert s.grad[1, 0].item() == pytest.approx(grad1, abs=1e-9)
+
+
+def test_three_class_values_and_gradients_match_the_published_fixture():
+    s = tensor(S3, requires_grad=True)
+    total, hard, soft = distillation_loss(s, tensor(T3), torch.tensor(Y3), T=4, alpha=0.9)
+    total.backward()
+    assert hard.item() == pytest.approx(0.755868284891, abs=1e-9)
+    assert soft.item() == pytest.approx(1.507188549467, abs=1e-9)
+    assert total.item() == pytest.approx(1.432056523009, abs=1e-9)
+    wanted = [
+        [-0.393676008306, 0.080815761420, 0.312860246886],
+        [0.249334890208, -0.065445036486, -0.183889853722],
+    ]
+    assert torch.allclose(s.grad, tensor(wanted), atol=1e-9)
+
+
+def test_sigmoid_loss_matches_the_published_fixture():
+    assert binary_kd_loss(tensor(S3), tensor(T3), 4).item() == pytest.approx(0.402535425684, abs=1e-9)
+
+
+def test_kd_loss_is_the_equation_written_out_with_plain_python_floats():
+    T, loss = 3.0, 0.0
+    for s, t in zip(S3, T3, strict=True):
+        p = [math.exp(z / T) / sum(math.exp(w / T) for w in t) for z in t]
+        q = [math.exp(z / T) / sum(math.exp(w / T) for w in s) for z in s]
+        loss += sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True)) / len(S3)
+    assert kd_loss(tensor(S3), tensor(T3), T).item() == pytest.approx(T**2 * loss, rel=1e-12)
+
+
+def test_equal_logits_cost_exactly_nothing_and_move_nothing():
+    for loss in (kd_loss, binary_kd_loss):
+        s = torch.randn(64, 3, requires_grad=True)
+        value = loss(s, s.detach().clone(), 20.0)
+        value.backward()
+        assert value.item() == 0.0
+        assert s.grad.abs().max() < 1e-6
+
+
+def test_the_gradient_is_T_times_the_gap_between_the_softened_answers():
+    for T in (1.0, 5.0):
+        s, t = (
+            torch.randn(8, 4, dtype=torch.float64, requires_grad=True),
+            torch.randn(8, 4, dtype=torch.float64),
+        )
+        kd_loss(s, t, T).backward()
+        gap = (s.detach() / T).softmax(1) - (t / T).softmax(1)
+        assert torch.allclose(s.grad, T * gap / 8, atol=1e-14)
+
+
+def test_the_gradient_is_that_of_cross_entropy_with_soft_labels():
+    s, t, T = (
+        torch.randn(6, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(6, 3, dtype=torch.float64),
+        2.5,
+    )
+    kd_loss(s, t, T).backward()
+    ours, s.grad = s.grad, None
+    (T**2 * F.cross_entropy(s / T, (t / T).softmax(1))).backward()
+    assert torch.allclose(ours, s.grad, atol=1e-14)
+
+
+def test_at_high_temperature_it_is_the_squared_gap_between_centred_logits():
+    s, t = torch.randn(16, 5, dtype=torch.float64), torch.randn(16, 5, dtype=torch.float64) + 3
+    gap = (s - s.mean(1, keepdim=True)) - (t - t.mean(1, keepdim=True))
+    assert kd_loss(s, t, 1e3).item() == pytest.approx((gap**2).sum(1).mean().item() / 10, rel=2e-3)
+
+
+def test_T_squared_keeps_the_gradient_from_shrinking():
+    norms = []
+    for T in (32.0, 64.0):
+        s = tensor(S2, requires_grad=True)
+        kd_loss(s, tensor(T2), T).backward()
+        norms.append(s.grad.norm().item())
+    assert norms[0] == pytest.approx(norms[1], rel=0.01)
+
+
+def test_the_loss_is_a_mean_over_films_and_not_over_classes():
+    s, t = tensor(S3), tensor(T3)
+    assert kd_loss(s.repeat(2, 1), t.repeat(2, 1), 4).item() == pytest.approx(
+        kd_loss(s, t, 4).item(), rel=1e-12
+    )
+    impossible = torch.full((2, 1), -1e4, dtype=torch.float64)  # a class that neither network ever names
+    wider = kd_loss(torch.cat([s, impossible], 1), torch.cat([t, impossible], 1), 4)
+    assert wider.item() == pytest.approx(kd_loss(s, t, 4).item(), rel=1e-12)
+
+
+def test_a_shift_of_a_films_logits_changes_nothing_for_softmax_but_is_seen_by_sigmoid():
+    s, t = tensor(S3), tensor(T3)
+    assert kd_loss(s + 7, t - 3, 4).item() == pytest.approx(kd_loss(s, t, 4).item(), rel=1e-9)
+    assert kd_loss(t + 2, t, 4).item() == pytest.approx(0, abs=1e-12)
+    assert binary_kd_loss(t + 2, t, 4).item() > 0.1
+
+
+def test_teacher_and_student_are_not_interchangeable():
+    assert kd_loss(tensor(S2), tensor(T2), 1).item() != pytest.approx(
+        kd_loss(tensor(T2), tensor(S2), 1).item(), rel=1e-3
+    )
+
+
+def test_the_teacher_gets_no_gradient():
+    s, t = torch.randn(4, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    (kd_loss(s, t, 2.0) + binary_kd_loss(s, t, 2.0)).backward()
+    assert t.grad is None and s.grad is not None
+
+
+def test_permuting_the_teachers_rows_changes_the_loss():
+    s, t = torch.randn(32, 2), torch.randn(32, 2)
+    assert not torch.isclose(kd_loss(s, t, 2.0), kd_loss(s, t[torch.randperm(32)], 2.0))
+
+
+@pytest.mark.parametrize("loss", [kd_loss, binary_kd_loss])
+def test_huge_logits_and_bfloat16_stay_finite(loss):
+    s = torch.tensor([[1e4, -1e4], [0.0, 1e4]], requires_grad=True)
+    t = torch.tensor([[-1e4, 1e4], [1e4, 0.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        for a, b in ((s, t), (s.bfloat16(), t.bfloat16())):
+            value = loss(a, b, 1.0)
+            value.backward()
+            assert value.isfinite() and value.dtype == torch.float32
+    assert s.grad.isfinite().all()
+
+
+def test_bfloat16_logits_are_softened_in_float32():
+    s, t = torch.randn(64, 2).bfloat16(), torch.randn(64, 2).bfloat16()
+    assert kd_loss(s, t, 3.0).item() == pytest.approx(kd_loss(s.double(), t.double(), 3.0).item(), rel=1e-5)
+
+
+def test_alpha_zero_is_cross_entropy_to_the_bit_and_alpha_one_is_the_teacher_alone():
+    s, t, y = torch.randn(8, 2), torch.randn(8, 2), torch.randint(2, (8,))
+    assert torch.equal(distillation_loss(s, t, y, 4.0, 0.0)[0], F.cross_entropy(s, y))
+    assert torch.equal(distillation_loss(s, t, y, 4.0, 1.0)[0], kd_loss(s, t, 4.0))
+    near_zero = distillation_loss(s, t, y, 4.0, 1e-9)[0]
+    assert near_zero.item() == pytest.approx(F.cross_entropy(s, y).item(), rel=1e-6)
+
+
+def test_alpha_one_ignores_the_labels():
+    s, t, y = torch.randn(8, 2), torch.randn(8, 2), torch.randint(2, (8,))
+    assert torch.equal(distillation_loss(s, t, y, 4.0, 1.0)[0], distillation_loss(s, t, 1 - y, 4.0, 1.0)[0])
+
+
+def test_sigmoid_loss_is_the_two_class_softmax_loss_of_each_finding():
+    s, t = torch.randn(9, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
+    as_two_classes = [torch.stack([z.flatten(), torch.zeros(45, dtype=torch.float64)], 1) for z in (s, t)]
+    assert binary_kd_loss(s, t, 3.0).item() == pytest.approx(kd_loss(*as_two_classes, 3.0).item(), rel=1e-12)
+
+
+def test_masked_findings_count_for_nothing():
+    s, t = torch.randn(4, 3), torch.randn(4, 3)
+    mask = torch.tensor([[True, False, True]] * 4)
+    known = binary_kd_loss(s[:, ::2], t[:, ::2], 2.0)
+    assert torch.isclose(binary_kd_loss(s, t, 2.0, mask), known)
+    assert binary_kd_loss(s, t, 2.0, torch.zeros_like(mask)) == 0
+    labels = torch.tensor([[1.0, math.nan, 0.0]] * 4)
+    assert torch.isclose(label_loss(s, labels), label_loss(s[:, ::2], labels[:, ::2]))
+    total, hard, soft = distillation_loss(s, t, labels, 2.0, 0.5)
+    assert torch.isclose(soft, known) and torch.isclose(total, (hard + soft) / 2)
+
+
+def test_label_smoothing_is_torchs_own_for_one_label_and_its_two_class_form_for_findings():
+    logits, y = torch.randn(8, 3, dtype=torch.float64), torch.randint(3, (8,))
+    assert torch.equal(label_loss(logits, y, 0.1), F.cross_entropy(logits, y, label_smoothing=0.1))
+    z, y = torch.randn(8, 1, dtype=torch.float64), torch.randint(2, (8,))
+    two = F.cross_entropy(torch.cat([torch.zeros_like(z), z], 1), y, label_smoothing=0.1)
+    assert torch.isclose(label_loss(z, y[:, None].double(), 0.1), two)
+
+
+def test_several_teachers_speak_with_the_mean_of_their_softened_probabilities():
+    a, b, T = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64), 4.0
+    together = mean_teacher([a, b], T)
+    assert torch.allclose((together / T).softmax(1), ((a / T).softmax(1) + (b / T).softmax(1)) / 2)
+    together = mean_teacher([a, b], T, multilabel=True)
+    assert torch.allclose((together / T).sigmoid(), ((a / T).sigmoid() + (b / T).sigmoid()) / 2)
+    assert mean_teacher([a], T) is a
+
+
+@pytest.mark.parametrize("T, shapes, says", [
+    (1.0, ((4, 1), (4, 1)), "binary_kd_loss"),
+    (1.0, ((4, 2), (4, 3)), "same films and classes"),
+    (1.0, ((4,), (4,)), r"\(films, classes\)"),
+    (0.0, ((4, 2), (4, 2)), "above 0"),
+    (-1.0, ((4, 2), (4, 2)), "above 0"),
+    (math.nan, ((4, 2), (4, 2)), "above 0"),
+])  # fmt: skip
+def test_what_cannot_be_distilled_is_refused_with_the_reason(T, shapes, says):
+    with pytest.raises(ValueError, match=says):
+        kd_loss(torch.zeros(shapes[0]), torch.zeros(shapes[1]), T)
+
+
+def test_alpha_outside_zero_to_one_is_refused():
+    with pytest.raises(ValueError, match="alpha"):
+        distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1).long(), 1.0, 1.5)

@@ -1,0 +1,476 @@
+"""Films in, tensors out: every split is one uint8 tensor of images, decoded once and kept in a cache.
+
+    data = load("data/chest_xray", size=224)     data.train.images (N, 1, 224, 224), .labels, .ids, .groups
+    data = load("phantoms", size=112)            chest films drawn here: no download, the truth is known
+
+    python data.py data/chest_xray               count and audit a folder
+    python data.py --download data/chest_xray    fetch the public set, 1.2 GB
+
+There is no Dataset, no DataLoader and no worker: a batch is `images[index]`. Validation is carved out
+of the training films by patient and depends on nothing but patients' names, never on a seed.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.io import ImageReadMode, decode_image
+
+VERSION = 1  # of what is written into caches: raise it when the same files would give other pixels
+URL = "https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded"  # noqa: E501
+SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
+PAPER = {"train": (1363, 3922), "test": (236, 394)}  # NORMAL, PNEUMONIA: Table III of arXiv 2406.08837
+FILM = re.compile(r"[^.].*\.(jpe?g|png)", re.IGNORECASE)  # and not .DS_Store, ._person1_virus_6.jpeg
+# A patient, in file names of the public set. Bacteria and virus are two series of numbers: person7_virus
+# is another child than person7_bacteria, and NORMAL2-IM-0007 another than IM-0007.
+PATIENT = re.compile(r"(person\d+_(?:bacteria|virus)|(?:NORMAL2-)?IM-\d+|(?:NORMAL|BACTERIA|VIRUS)-\d+)")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for grey films all the same
+
+
+# ---- plumbing the other scripts share -------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """A mistake that whoever typed the command can mend: what was needed, what was found, what to do."""
+
+
+def run(main):
+    """Call a script's main: the user's mistakes end in one line and exit code 1, ours in a traceback."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextmanager
+def atomic(path):
+    """A name to write to; the file takes its place at `path` only once it is whole and on the disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def fingerprint(*facts):
+    """16 hex digits that change when any of the facts does."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def table(folder, name, facts, shape, dtype, fill):
+    """The array that `fill(array)` writes, computed once, then mapped from a file at every start.
+
+    Its file is named after the facts that it was made from, so one made from others is never read.
+    """
+    path = Path(folder) / f"{name}-{fingerprint(VERSION, facts)}.npy"
+    try:
+        array = np.load(path, mmap_mode="c")  # copy-on-write: pages are read when they are indexed
+        if array.shape == tuple(shape) and array.dtype == dtype:
+            return torch.from_numpy(array)
+        raise ValueError("it holds something else")
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        print(f"{path} is damaged ({error}): made again", file=sys.stderr)
+    with atomic(path) as part:
+        array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=tuple(shape))
+        fill(array)
+        array.flush()
+        del array
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def provenance():
+    """What a number came from: command, commit, versions and machine."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"command": " ".join(sys.argv), "commit": commit, "torch": str(torch.__version__),
+            "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads"}  # fmt: skip
+
+
+def progress(items, text, total=None):
+    """Pass `items` on; on a terminal, a bar within the line while they go by. A log file gets nothing."""
+    if not sys.stdout.isatty():
+        yield from items
+        return
+    total = total or len(items)
+    for done, item in enumerate(items):
+        filled = 24 * done // total
+        print(f"\r{text}  [{'=' * filled}{' ' * (24 - filled)}] {done}/{total}", end="", flush=True)
+        yield item
+    print("\r\033[K", end="", flush=True)
+
+
+# ---- phantoms: chest films drawn here ---------------------------------------------------------------
+
+
+def phantoms(n, size, seed):
+    """n synthetic chest films: images (n, 1, size, size) uint8, labels (n,), masks (n, size, size) bool.
+
+    Half of them show pneumonia: one to three hazy opacities inside the lungs, where their mask is True.
+    All differ in pose, exposure, heart, ribs, vessels and noise. The same seed gives the same films at
+    every size, so a teacher may read them at 112 and its student at 80 pixels.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=g)
+
+    labels = torch.arange(n) % 2
+    angle, scale, shift = uniform(-0.08, 0.08), uniform(0.92, 1.08), uniform(-0.05, 0.05, 2)
+    gain, heart, lung = uniform(0.85, 1.10), uniform(0.26, 0.36), uniform(0.9, 1.1, 2)
+    ribs, phase = uniform(10, 13), uniform(0, 6.3)
+    blobs = torch.stack([  # 3 opacities, then 6 vessels: x, y, radius, strength
+        torch.cat([uniform(0.30, 0.55, 3), uniform(0.08, 0.38, 6)], 1) * uniform(-1, 1, 9).sign(),
+        torch.cat([uniform(-0.45, 0.35, 3), uniform(-0.3, 0.3, 6)], 1),
+        torch.cat([uniform(0.14, 0.24, 3), uniform(0.02, 0.05, 6)], 1),
+        torch.cat([uniform(0.30, 0.50, 3) * (uniform(0, 3, 1) > torch.arange(3)), uniform(0.1, 0.25, 6)], 1),
+    ], dim=-1)  # (n, 9, 4)  # fmt: skip
+    blobs[:, :3, 3] *= labels[:, None]
+    haze, grain = uniform(-1, 1, 1, 12, 12), torch.randn(n, 1, 96, 96, generator=g)
+
+    images = torch.empty(n, 1, size, size, dtype=torch.uint8)
+    masks = torch.empty(n, size, size, dtype=torch.bool)
+    across = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres, from -1 to 1
+    for i in range(n):
+        down, right = torch.meshgrid(across, across, indexing="ij")
+        x = (right * angle[i].cos() - down * angle[i].sin()) * scale[i] + shift[i, 0]
+        y = (right * angle[i].sin() + down * angle[i].cos()) * scale[i] + shift[i, 1]
+
+        def ellipse(cx, cy, a, b, x=x, y=y):  # 1 inside, 0 outside, a soft edge between
+            return torch.sigmoid(12 * (1 - ((x - cx) / a) ** 2 - ((y - cy) / b) ** 2))
+
+        lungs = ellipse(-0.42, -0.05, 0.31, 0.62 * lung[i, 0]) + ellipse(0.42, -0.05, 0.31, 0.62 * lung[i, 1])
+        film = 0.55 * ellipse(0, 0.1, 0.95, 1.15) - 0.36 * lungs
+        film += 0.28 * ellipse(0.13, 0.27, heart[i], 0.34) + 0.12 * torch.exp(-((x / 0.09) ** 2))
+        film += 0.05 * lungs * torch.sin(ribs[i] * (y + 0.35 * x**2) + phase[i]).clamp(min=0)
+        bx, by, radius, strength = blobs[i, :, :, None, None].unbind(1)
+        spots = strength * torch.exp(-((x - bx) ** 2 + (y - by) ** 2) / (2 * radius**2)) * lungs.clamp(max=1)
+        masks[i] = (spots[:3] > 0.5 * strength[:3].clamp(min=1e-3)).any(0)
+        texture = [F.interpolate(t[i][None], size=(size, size), mode="bilinear", antialias=True)[0, 0]
+                   for t in (haze, grain)]  # fmt: skip
+        film = gain[i] * (film + spots.sum(0)) + 0.04 * texture[0] + 0.04 * texture[1] + 0.05
+        images[i, 0] = (255 * film.clamp(0, 1)).to(torch.uint8)
+    return images, labels, masks
+
+
+# ---- lists of films: what there is, before any pixel is read ----------------------------------------
+
+PHANTOMS = {"train": (640, 11), "val": (160, 12), "test": (600, 13)}  # films and seed of each part
+WRONG = 0.2  # share of the phantoms' training labels that are wrong, as those read off reports are
+
+
+def film(id, label, part, path=None, group=None):
+    """label: index of the class; part: train, val or test; group: the patient (unknown: one of its own)."""
+    return SimpleNamespace(id=id, label=label, part=part, path=path, group=group or id)
+
+
+def list_films(source, classes=None):
+    """Every film of a source, and the names of its classes; nothing is decoded yet."""
+    if source == "phantoms":
+        counts = {part: n for part, (n, _) in PHANTOMS.items()}
+        films = [film(f"phantom-{part}-{i}", i % 2, part) for part, n in counts.items() for i in range(n)]
+        return films, ["NORMAL", "PNEUMONIA"]
+    for root in (Path(source), Path(source) / "chest_xray"):  # archives hold one folder more, or a copy in it
+        if (root / "train").is_dir():
+            return list_class_folders(root, classes)
+    found = "no folder train in it" if Path(source).exists() else "no such folder"
+    raise UserError(
+        f"films needed in {source}, as train/CLASS/*.jpeg and test/CLASS/*.jpeg (CLASS: NORMAL, PNEUMONIA), "
+        f"found {found}: check --data, or  python data.py --download {source}  fetches the public set"
+    )
+
+
+def list_class_folders(root, classes):
+    """Kermany's set as Kaggle or Mendeley ship it, or any other folder of folders like it.
+
+    Kaggle's `val` holds 16 films, the last of each training class: too few to choose anything by, so
+    they go back to train. With classes=3 pneumonia is parted by the file names' _bacteria_ and _virus_.
+    """
+    folders = [d for part in ("train", "val", "test") for d in sorted((root / part).glob("[!._]*/"))]
+    names = sorted({d.name for d in folders}, key=lambda name: (name.upper() != "NORMAL", name))
+    films = []
+    for folder in folders:
+        part = "test" if folder.parent.name == "test" else "train"
+        for name in sorted(filter(FILM.fullmatch, os.listdir(folder))):
+            patient = PATIENT.match(name)
+            label = names.index(folder.name)
+            if classes == 3 and folder.name.upper() != "NORMAL":
+                label = 1 + ("virus" in name.lower())
+            films.append(film(f"{folder.name}/{name}", label, part, folder / name, patient and patient[0]))
+    return films, ["NORMAL", "BACTERIAL", "VIRAL"] if classes == 3 else names
+
+
+def by_hash(name):
+    """A shuffle that nothing but names decides: the same on every machine, with every seed and subset."""
+    return hashlib.sha256(name.encode()).digest()
+
+
+def take_per_class(films, per_class, names):
+    """At most `per_class` training films of each class, the shortfall printed; test stays whole."""
+    chosen = {f.id for f in films if f.part != "train"}
+    for label, name in enumerate(names):
+        of_class = [f for f in films if f.part == "train" and f.label == label]
+        if len(of_class) < per_class:
+            print(f"--per-class {per_class}: {name} has only {len(of_class)} training films")
+        chosen |= {f.id for f in sorted(of_class, key=lambda f: by_hash(f.id))[:per_class]}
+    return [f for f in films if f.id in chosen]
+
+
+def carve_validation(films, fraction):
+    """Move whole patients from train to val, until every class has given up its fraction of films.
+
+    Films of one child look alike: with a child on both sides, validation would reward recognising it.
+    """
+    patients = {}
+    for f in films:
+        if f.part == "train":
+            patients.setdefault(f.group, []).append(f)
+    counts = Counter(f.label for same in patients.values() for f in same)
+    wanted = {label: max(1, round(fraction * n)) for label, n in counts.items()}
+    for group in sorted(patients, key=by_hash):
+        if any(wanted[f.label] > 0 for f in patients[group]):
+            for f in patients[group]:
+                f.part = "val"
+                wanted[f.label] -= 1
+
+
+# ---- images: decoded once, kept as one tensor -------------------------------------------------------
+
+
+def decode(path, size):
+    """One film as (1, size, size) uint8: grey, and squashed to a square so that no lung is cut off."""
+    image = decode_image(str(path), ImageReadMode.GRAY)
+    if image.shape[-2:] != (size, size):
+        image = F.interpolate(image[None].float(), size=(size, size), mode="bilinear", antialias=True)[0]
+        image = image.round().clamp(0, 255).to(torch.uint8)
+    return image
+
+
+def on_all_cores(function, films, text):
+    """[function(film), ...]; decoding releases Python's lock, so threads are enough. Errors are returned."""
+
+    def attempt(item):
+        try:
+            return function(item)
+        except RuntimeError as error:  # torchvision's word for a file that is no picture
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(progress(pool.map(attempt, films), text, len(films)))
+
+
+def decode_all(films, size, array):
+    """array[i] becomes film i, on all cores; every unreadable one is named."""
+
+    def one(i):
+        array[i] = decode(films[i].path, size).numpy()
+
+    results = on_all_cores(one, range(len(films)), "decoding")
+    bad = [f"{f.path} ({str(e).splitlines()[0]})" for f, e in zip(films, results, strict=True) if e]
+    if bad:
+        raise UserError(f"{len(bad)} of {len(films)} films cannot be read, mend or remove: {'; '.join(bad)}")
+
+
+def load(source, size, splits=("train", "val"), per_class=None, classes=None, val_fraction=0.1,
+         cache="cache"):  # fmt: skip
+    """The splits asked for, each with .images (N, 1, size, size) uint8, .labels (N,), .ids and .groups.
+
+    Also .classes, .multilabel and .source. Only evaluate.py asks for "test".
+    """
+    films, names = list_films(str(source), classes)
+    if len(names) < 2 or classes not in (None, len(names)):
+        raise UserError(f"{classes or 'at least 2'} classes needed in {source}, found {len(names)}: {names}")
+    if per_class:
+        films = take_per_class(films, per_class, names)
+    if all(f.part != "val" for f in films):
+        carve_validation(films, val_fraction)
+    data = SimpleNamespace(classes=names, multilabel=False, source=str(source))
+    for part in splits:
+        chosen = [f for f in films if f.part == part]
+        missing = set(range(len(names))) - {f.label for f in chosen}
+        if missing:
+            raise UserError(f"films of every class needed for {part}, found none of "
+                            f"{names[min(missing)]} in {source}: add films of more patients")
+        setattr(data, part, load_split(chosen, part, str(source), size, cache))
+    return data
+
+
+def load_split(films, part, source, size, cache):
+    split = SimpleNamespace(ids=[f.id for f in films], groups=[f.group for f in films])
+    split.labels = torch.tensor([f.label for f in films])
+    if source == "phantoms":
+        n, seed = PHANTOMS[part]
+        chosen = [int(f.id.split("-")[2]) for f in films]
+        split.images, _, split.masks = (tensor[chosen] for tensor in phantoms(n, size, seed))
+        if part == "train":
+            wrong = torch.rand(n, generator=torch.Generator().manual_seed(seed))[chosen] < WRONG
+            split.labels = torch.where(wrong, 1 - split.labels, split.labels)
+        split.fingerprint = fingerprint(VERSION, n, seed, split.ids)
+        return split
+    stats = [(f.id, stat.st_size, stat.st_mtime_ns) for f in films for stat in [os.stat(f.path)]]
+    split.fingerprint = fingerprint(VERSION, stats)
+    name, shape = f"{Path(source).name}-{part}-{size}", (len(films), 1, size, size)
+    split.images = table(cache, name, stats, shape, np.uint8, lambda array: decode_all(films, size, array))
+    return split
+
+
+def prepare(images, device, theta=None):
+    """uint8 films (B, 1, H, W) -> what networks read, (B, 3, H, W) floats, normalised, on the device.
+
+    theta: (B, 2, 3) affine matrices in relative coordinates, so the same ones serve two image sizes.
+    """
+    x = images.to(device, non_blocking=True).float()
+    if theta is not None:
+        grid = F.affine_grid(theta.to(device), x.shape, align_corners=False)
+        x = F.grid_sample(x, grid, align_corners=False)
+    std = torch.tensor(STD, device=device)
+    # Channels last from the start, in one pass: convolutions run up to twice as fast on such tensors.
+    x = torch.addcmul(-torch.tensor(MEAN, device=device) / std, x.permute(0, 2, 3, 1), 1 / (255 * std))
+    return x.permute(0, 3, 1, 2)
+
+
+def random_affine(n, generator):
+    """(n, 2, 3): one small rotation, zoom and shift a film. No flips: the heart has a side."""
+    angle, zoom, across, down = torch.rand(4, n, generator=generator) * 2 - 1
+    angle, zoom = 0.12 * angle, 1 + 0.08 * zoom  # 7 degrees, 8 percent
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    return torch.stack([cos, -sin, 0.06 * across, sin, cos, 0.06 * down], dim=1).view(n, 2, 3)
+
+
+# ---- the command line: download, count, audit -------------------------------------------------------
+
+
+def audit(source, classes=None):
+    """Table III, and whatever would make a result on these films less than it seems."""
+    films, names = list_films(source, classes)
+    print("".join(f"{title:>18}" for title in ["films (patients)", *names, "all"]))
+    for part in ("train", "val", "test"):
+        mine = [f for f in films if f.part == part]
+        columns = [[f for f in mine if f.label == label] for label in range(len(names))] + [mine]
+        if mine:
+            cells = [f"{len(column)} ({len({f.group for f in column})})" for column in columns]
+            print(f"{part:>18}" + "".join(f"{cell:>18}" for cell in cells))
+        if part in PAPER and names == ["NORMAL", "PNEUMONIA"]:
+            print(f"{'the paper':>18}" + "".join(f"{n:>18}" for n in (*PAPER[part], sum(PAPER[part]))))
+    train, test = ({f.group for f in films if f.part == part} for part in ("train", "test"))
+    print(f"\npatients in both train and test: {len(train & test)}")
+    if source == "phantoms":
+        return print(f"training labels that are wrong on purpose: {WRONG:.0%}")
+    print(f"films whose name tells no patient, each taken for one: {sum(f.group == f.id for f in films)}")
+
+    def look(f):
+        digest = hashlib.sha256(f.path.read_bytes()).hexdigest()
+        return digest, *decode_image(str(f.path), ImageReadMode.GRAY).shape[1:]
+
+    bad, copies, shapes = [], {}, []
+    for f, result in zip(films, on_all_cores(look, films, "reading"), strict=True):
+        if isinstance(result, Exception):
+            bad.append(f"\n  {f.path}: {str(result).splitlines()[0]}")
+        else:
+            copies.setdefault(result[0], []).append(f)
+            shapes.append(result[1:])
+    print(f"unreadable files: {len(bad)}" + "".join(bad))
+    copies = [same for same in copies.values() if len(same) > 1]
+    across = sum(len({f.part for f in same}) > 1 for same in copies)
+    print(f"exact copies of another film: {sum(len(same) - 1 for same in copies)}, "
+          f"of them across train and test: {across}")
+    for side, values in zip(("height", "width"), zip(*shapes, strict=True), strict=True):
+        print(f"{side} from {min(values)} to {max(values)} pixels")
+
+
+def download(folder, url, sha256):
+    """Fetch, check, unpack. A broken download goes on where it stopped; a wrong file is never unpacked."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"a new or empty folder needed to unpack into, {folder} has files: choose another")
+    part = folder.with_name(folder.name + ".zip.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        fetch(url, part)
+    except OSError as error:  # URLError and a broken connection are OSErrors too
+        raise UserError(f"{url} broke off ({error}): the same command goes on from there") from None
+    with open(part, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        part.unlink()
+        raise UserError(f"{url} should have SHA-256 {sha256}, found {found}: deleted; run the command again")
+    unpacked = folder.with_name(folder.name + ".unpacking")
+    zipfile.ZipFile(part).extractall(unpacked)  # which strips absolute paths and .. from names
+    if folder.exists():
+        folder.rmdir()
+    os.replace(unpacked, folder)
+    part.unlink()
+    print(f"unpacked to {folder}; now  python data.py {folder}")
+
+
+def fetch(url, part):
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+    try:
+        answer = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing beyond what we have: it was complete
+            return
+        raise
+    with answer, open(part, "ab" if answer.status == 206 else "wb") as file:
+        total = file.tell() + int(answer.headers["Content-Length"])
+        print(f"{url}: {file.tell() / 1e6:.1f} of {total / 1e6:.1f} MB are here")
+        blocks = iter(lambda: answer.read(1 << 20), b"")
+        for block in progress(blocks, "downloading, MB", (total - file.tell() >> 20) + 1):
+            file.write(block)
+        if file.tell() < total:
+            raise OSError(f"{file.tell()} of {total} bytes")
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("source", nargs="?", metavar="DIR", help="the folder to count and audit (or: phantoms)")
+    p.add_argument("--classes", type=int, choices=[2, 3], help="3: normal, bacterial, viral by file name")
+    p.add_argument("--download", metavar="DIR", help="fetch the public films into this new folder")
+    p.add_argument("--url", default=URL, help="from where (default: ChestXRay2017.zip at Mendeley Data)")
+    p.add_argument("--sha256", default=SHA256, help="what the archive must hash to (default: that file's)")
+    args = p.parse_args(argv)
+    if bool(args.source) == bool(args.download):
+        p.error("give either a folder to audit, or --download and a folder to fill")
+    return args
+
+
+def main(argv=None):
+    args = get_args(argv)
+    if args.download:
+        download(args.download, args.url, args.sha256)
+    else:
+        audit(args.source, args.classes)
+
+
+if __name__ == "__main__":
+    run(main)

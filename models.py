@@ -1,0 +1,264 @@
+"""Networks and checkpoints: torchvision's classifiers with a new head, taken apart and put together.
+
+    model = build("alexnet", num_classes=2, size=224, weights="imagenet")
+    logits, aux = forward(model, images)         aux: the auxiliary heads' logits, a list, mostly empty
+    tail = split(model, "fc")                    the part that learns when the rest is frozen
+    save_checkpoint(path, model, **facts)        and back: model, facts = load_checkpoint(path)
+"""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from urllib.error import URLError
+from urllib.parse import urlparse
+
+import torch
+import torchvision
+from torch import nn
+
+from data import UserError, atomic
+
+FORMAT = 1  # of a checkpoint; a reader that meets a higher number says so instead of guessing
+
+# Auxiliary heads (a second and third classifier half-way up, for training only) need maps of a certain
+# size. Where the film is smaller they are left out: InceptionV3's window is 5x5 at 299 / 17 and
+# does not fit below 299; GoogLeNet's pools to 4x4 at 1/16, so below 64 it would invent pixels.
+AUX_MIN_SIZE = {"inception_v3": 299, "googlenet": 64}
+AUX_WEIGHT = {"inception_v3": 0.4, "googlenet": 0.3}  # in the loss, from the networks' own papers
+OURS = {}  # networks that torchvision lacks: name -> function(num_classes=1000)
+
+
+def architectures():
+    return sorted([*OURS, *torchvision.models.list_models(module=torchvision.models)])
+
+
+def bare_network(arch, aux):
+    """The network as its authors made it: 1000 outputs, random weights.
+
+    Inception and GoogLeNet could be drawn from a normal of deviation 0.1 (init_weights=True). That takes
+    seconds, and such large weights in front of BatchNorm learn slowly: from scratch at the same learning
+    rate they were far behind torch's own initialisation, so that one is used.
+    """
+    if arch in OURS:
+        return OURS[arch]()
+    if arch not in architectures():
+        raise UserError(f"--arch needs one of our networks or torchvision's, got '{arch}': "
+                        f"{', '.join(architectures())}")  # fmt: skip
+    options = {"aux_logits": aux, "init_weights": False} if arch in AUX_MIN_SIZE else {}
+    return torchvision.models.get_model(arch, weights=None, **options)
+
+
+def heads(model):
+    """Names of the layers with 1000 outputs: the classifier, and those of the auxiliary heads.
+
+    This one rule finds the head of every classifier in torchvision, whatever it is called there
+    (fc, classifier.6, heads.head, SqueezeNet's 1x1 convolution); the main head comes last.
+    """
+    outputs = {nn.Linear: "out_features", nn.Conv2d: "out_channels"}
+    return [
+        name
+        for name, layer in model.named_modules()
+        if type(layer) in outputs and getattr(layer, outputs[type(layer)]) == 1000
+    ]
+
+
+def build(arch, num_classes, size=None, weights="none"):
+    """A network with a new, randomly initialised head of `num_classes` outputs.
+
+    weights: "none" (random), "imagenet" (torchvision's, or an error that says which file goes where;
+    never random ones instead) or a file: a checkpoint of ours or a plain state_dict of the same arch.
+    size: the films' side in pixels; a network that cannot take it is refused here, not mid-training.
+    """
+    aux = arch in AUX_MIN_SIZE and (size is None or size >= AUX_MIN_SIZE[arch])
+    model = bare_network(arch, aux)
+    if weights == "imagenet":
+        load_body(model, read_weights(imagenet_file(arch)), arch)
+        if hasattr(model, "transform_input"):  # Inception and GoogLeNet learned on (x - 0.5) / 0.5
+            model.transform_input = True
+    elif weights != "none":
+        state = read_weights(weights)
+        facts = state.get("facts", {}) if "model" in state else {}
+        load_body(model, state.get("model", state), arch, source=weights)
+        if "transform_input" in facts:
+            model.transform_input = facts["transform_input"]
+    replace_heads(model, num_classes)
+    if size is not None:
+        refuse_impossible_size(model, arch, size)
+    model.facts = {
+        "arch": arch,
+        "num_classes": num_classes,
+        "size": size,
+        "aux": aux,
+        "transform_input": getattr(model, "transform_input", False),
+    }
+    return model
+
+
+def replace_heads(model, num_classes):
+    model.head_name = heads(model)[-1]  # remembered, because afterwards it has 1000 outputs no more
+    for name in heads(model):
+        old = model.get_submodule(name)
+        if isinstance(old, nn.Linear):
+            new = nn.Linear(old.in_features, num_classes)
+        else:
+            new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size)
+        model.set_submodule(name, new)
+
+
+def refuse_impossible_size(model, arch, size):
+    def takes(side):
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, 3, side, side))
+            return True
+        except (RuntimeError, AssertionError):
+            return False
+
+    model.eval()
+    if not takes(size):
+        possible = [s for s in (32, 48, 64, 80, 96, 112, 128, 160, 224, 299) if takes(s)]
+        raise UserError(f"{arch} cannot read films of {size} x {size} pixels; of the usual sizes it takes "
+                        f"{', '.join(map(str, possible))}: choose one with --size")  # fmt: skip
+    model.train()
+
+
+def read_weights(path):
+    """Tensors and plain values only: with weights_only a file cannot run code while it is read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"weights needed at {path}, found no such file: check the path") from None
+    except Exception as error:  # torch.load fails in many ways, and says much: its first line is enough
+        why = (str(error) or "it ends too soon").splitlines()[0][:80]
+        raise UserError(f"{path} is not a readable file of weights, it may be damaged or come from another "
+                        f"program ({why}): train or fetch it anew") from None
+
+
+def load_body(model, state, arch, source="torchvision's file"):
+    """Load everything but the heads, which are about to be replaced."""
+    skip = tuple(f"{name}." for name in heads(model))
+    aux = ("AuxLogits.", "aux1.", "aux2.")  # in the file, perhaps not in this network, or reversed
+    if "densenet" in arch:  # torchvision's files still say norm.1 where the code says norm1
+        state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", k): v for k, v in state.items()}
+    state = {name: value for name, value in state.items() if not name.startswith(skip)}
+    own = model.state_dict()
+    wrong = [name for name, value in state.items() if name in own and value.shape != own[name].shape]
+    wrong += [name for name in state if name not in own and not name.startswith(aux)]
+    wrong += [n for n in own if n not in state and not n.startswith((*skip, *aux)) and ".se." not in n]
+    if wrong:
+        raise UserError(f"{source} does not hold the weights of {arch}: {len(wrong)} names or shapes "
+                        f"differ, {wrong[0]} for one; give the file that belongs to this --arch")  # fmt: skip
+    model.load_state_dict(state, strict=False)
+
+
+def imagenet_file(arch):
+    """The path of torchvision's ImageNet weights, downloaded if need be, its hash checked every time.
+
+    torchvision compares a file with the hash in its name only while downloading; a file that was put
+    there by hand, or truncated since, it would load unasked.
+    """
+    pretrained = arch.replace("seresnet", "resnet")  # SE blocks start fresh in a ResNet's weights
+    kinds = torchvision.models.get_model_weights(pretrained)
+    url = getattr(kinds, "IMAGENET1K_V1", kinds.DEFAULT).url
+    name = os.path.basename(urlparse(url).path)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    wanted = re.search(r"-([0-9a-f]{8,})\.", name).group(1)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=wanted)
+        except (URLError, OSError) as error:
+            raise UserError(f"ImageNet weights of {arch} needed, {url} could not be fetched ({error}): "
+                            f"put the file at {path}, or start from --weights none") from None
+    found = file_hash(path)
+    if not found.startswith(wanted):
+        raise UserError(f"{path} should have a SHA-256 that begins with {wanted}, found {found[:8]}: "
+                        f"the file is damaged or not what its name says; fetch {url} anew")
+    return path
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def forward(model, images):
+    """logits (B, C) and a list of the auxiliary heads' logits (empty in eval mode, and mostly)."""
+    out = model(images)
+    if isinstance(out, torch.Tensor):
+        return out, []
+    return out[0], [aux for aux in out[1:] if aux is not None]
+
+
+def split(model, finetune):
+    """The part that learns: everything ("all"), the fully connected layers ("fc"), the new head alone
+    ("head"). The rest is frozen here, and has to be run in eval mode by whoever runs it: without
+    gradients BatchNorm would still move its averages, and dropout still drop.
+
+    "fc" is the block of the classifier that holds the head where there is one (AlexNet and VGG: three
+    layers with their dropout), the head itself elsewhere.
+    """
+    if finetune == "all":
+        return model
+    head, block = (model.get_submodule(n) for n in (model.head_name, model.head_name.split(".")[0]))
+    whole_block = isinstance(block, nn.Sequential) and (finetune == "fc" or block[-1] is not head)
+    tail = block if whole_block else head  # in SqueezeNet pooling follows the head: part of the tail
+    model.requires_grad_(False).eval()
+    return tail.requires_grad_(True)
+
+
+def features(model, tail, images):
+    """What reaches `tail` when `model` reads the images: the input of the part that learns."""
+    caught = []
+    hook = tail.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
+    try:
+        model(images)  # the tail runs too, for nothing: a few matrix products against a whole network
+    finally:
+        hook.remove()
+    return caught[0]
+
+
+def frozen_hash(model):
+    """What a table of features was made with: a hash of all that does not learn, BatchNorm's averages too."""
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    digest = hashlib.sha256(str(model.facts["transform_input"]).encode())
+    for name, value in model.state_dict().items():
+        if name not in learning:
+            digest.update(value.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def checkpoint_file(path):
+    """A run's folder stands for its best.pt."""
+    return Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+
+
+def save_checkpoint(path, model, **facts):
+    """Weights, and whatever is needed to rebuild the network and to judge it: plain values only."""
+    content = {"format": FORMAT, "model": model.state_dict(), "facts": {**model.facts, **facts}}
+    with atomic(path) as part:
+        torch.save(content, part)
+
+
+def load_checkpoint(path):
+    """model, facts: the network rebuilt from its own facts, in eval mode and without gradients."""
+    path = checkpoint_file(path)
+    content = read_weights(path)
+    if not {"format", "model", "facts"} <= content.keys():
+        raise UserError(f"{path} holds tensors but is no checkpoint of this project: train one with train.py")
+    if content["format"] > FORMAT:
+        raise UserError(f"{path} has checkpoint format {content['format']}, this code reads up to {FORMAT}: "
+                        f"update the code")  # fmt: skip
+    facts = content["facts"]
+    model = bare_network(facts["arch"], facts["aux"])
+    replace_heads(model, facts["num_classes"])
+    if hasattr(model, "transform_input"):
+        model.transform_input = facts["transform_input"]  # not in the state_dict, yet it changes every logit
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit {facts['arch']}, the network it names "
+                        f"({str(error).splitlines()[1].strip()}): it is damaged") from None  # fmt: skip
+    model.facts = {name: facts[name] for name in ("arch", "num_classes", "size", "aux", "transform_input")}
+    return model.eval().requires_grad_(False), facts

@@ -1,0 +1,73 @@
+"""Small films and small networks: every test runs the real code on miniatures made here."""
+
+import zlib
+
+import pytest
+import torch
+from torchvision.io import write_jpeg, write_png
+
+import data
+import train
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    """Runs and caches are written where the command is typed: a fresh folder for each test."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def few_phantoms(monkeypatch):
+    """The built-in films, fewer of them, all labels right."""
+    monkeypatch.setattr(data, "PHANTOMS", {"train": (24, 11), "val": (12, 12), "test": (16, 13)})
+    monkeypatch.setattr(data, "WRONG", 0.0)
+
+
+def film(path, side=40, shade=None, channels=1):
+    """A picture file of one grey shade, or of noise that its name decides, so that no two are alike."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = torch.Generator().manual_seed(zlib.crc32(path.name.encode()))
+    image = (
+        torch.randint(0, 256, (1, side, side), generator=noise)
+        if shade is None
+        else torch.full((1, side, side), shade)
+    )
+    (write_png if path.suffix == ".png" else write_jpeg)(
+        image.to(torch.uint8).repeat(channels, 1, 1), str(path)
+    )
+    return path
+
+
+@pytest.fixture
+def kermany(tmp_path):
+    """The public set in miniature, with everything that its archives are known to bring along."""
+    root = tmp_path / "chest_xray"
+    for i in range(8):
+        film(root / f"train/PNEUMONIA/person{i}_bacteria_{i}.jpeg")
+        film(root / f"train/PNEUMONIA/person{i}_virus_{i}.jpeg", channels=3)
+        film(root / f"train/NORMAL/IM-{i:04d}-0001.jpeg", side=50)
+        film(root / f"train/NORMAL/NORMAL2-IM-{i:04d}-0001.jpeg")
+    film(root / "train/PNEUMONIA/person1_bacteria_2.jpeg")  # a second film of one child
+    film(root / "val/PNEUMONIA/person1946_bacteria_4874.jpeg")
+    film(root / "val/NORMAL/NORMAL2-IM-1427-0001.jpeg")
+    for i in range(100, 104):
+        film(root / f"test/PNEUMONIA/person{i}_bacteria_{i}.jpeg")
+        film(root / f"test/PNEUMONIA/person{i}_virus_{i}.jpeg")
+        film(root / f"test/NORMAL/IM-{i:04d}-0001-0002.jpeg")
+    for junk in ("train/.DS_Store", "train/PNEUMONIA/.DS_Store", "train/PNEUMONIA/._person1_bacteria_1.jpeg",
+                 "__MACOSX/train/NORMAL/._IM-0001-0001.jpeg", "train/NORMAL/Thumbs.db"):  # fmt: skip
+        (root / junk).parent.mkdir(parents=True, exist_ok=True)
+        (root / junk).write_bytes(b"junk")
+    film(root / "chest_xray/train/NORMAL/IM-0001-0001.jpeg")  # the nested copy in Kaggle's archive
+    return root
+
+
+SMALL = ["--arch", "squeezenet1_1", "--size", "32", "--epochs", "2", "--batch-size", "8", "--lr", "0.01"]
+
+
+def fit(*flags, role="teacher", small=SMALL):
+    """Type `train.py --role ROLE ...` with a small network; returns the arguments as they were understood."""
+    argv = ["--role", role, *small, *flags]
+    train.main(argv)
+    return train.get_args(argv)

@@ -1,0 +1,316 @@
+"""What films must become, and what must never happen to them on the way."""
+
+import hashlib
+import http.server
+import threading
+import time
+import zipfile
+
+import pytest
+import torch
+from conftest import film
+
+import data
+
+
+def split_of(source, part="train", **options):
+    return getattr(data.load(source, 32, (part,), **options), part)
+
+
+# ---- phantoms
+
+
+def test_the_same_seed_draws_the_same_phantoms_and_another_seed_others():
+    a, b, c = (data.phantoms(6, 40, seed)[0] for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_a_phantom_shows_the_same_chest_at_every_size():
+    large, _, large_masks = data.phantoms(6, 128, 3)
+    small, _, small_masks = data.phantoms(6, 64, 3)
+    shrunk = torch.nn.functional.avg_pool2d(large.float(), 2)
+    assert (shrunk - small.float()).abs().mean() < 4  # grey levels of 256
+    assert (large_masks[:, ::2, ::2] == small_masks).float().mean() > 0.97
+
+
+def test_exactly_the_phantoms_with_pneumonia_have_an_opacity_and_it_is_brighter_there():
+    images, labels, masks = data.phantoms(40, 64, 5)
+    assert torch.equal(masks.flatten(1).any(1), labels == 1)
+    for image, mask in zip(images[labels == 1, 0], masks[labels == 1], strict=True):
+        assert image[mask].float().mean() > image[:, 10:54].float().mean() - 40
+
+
+def test_wrong_labels_are_in_training_alone(monkeypatch):
+    monkeypatch.setattr(data, "PHANTOMS", {"train": (200, 11), "val": (20, 12), "test": (20, 13)})
+    loaded = data.load("phantoms", 16, ("train", "val", "test"))
+    wrong = [(getattr(loaded, p).labels != torch.arange(n) % 2).float().mean().item()
+             for p, n in (("train", 200), ("val", 20), ("test", 20))]  # fmt: skip
+    assert 0.1 < wrong[0] < 0.3 and wrong[1:] == [0, 0]
+
+
+# ---- class folders
+
+
+def test_only_films_are_read_once_and_val_is_folded_into_train(kermany):
+    films, names = data.list_films(kermany)
+    assert names == ["NORMAL", "PNEUMONIA"]
+    count = {(part, label): sum((f.part, f.label) == (part, label) for f in films)
+             for part in ("train", "val", "test") for label in (0, 1)}  # fmt: skip
+    assert count == {
+        ("train", 0): 17,
+        ("train", 1): 18,
+        ("val", 0): 0,
+        ("val", 1): 0,
+        ("test", 0): 4,
+        ("test", 1): 8,
+    }
+
+
+def test_an_archive_that_holds_one_folder_more_is_found(kermany):
+    assert len(data.list_films(kermany.parent)[0]) == len(data.list_films(kermany)[0])
+
+
+def test_patients_are_told_by_number_and_kind_not_by_number_alone(kermany):
+    group = {f.path.name: f.group for f in data.list_films(kermany)[0]}
+    assert group["person1_bacteria_1.jpeg"] == group["person1_bacteria_2.jpeg"]
+    assert group["person1_bacteria_1.jpeg"] != group["person1_virus_1.jpeg"]
+    assert group["IM-0001-0001.jpeg"] != group["NORMAL2-IM-0001-0001.jpeg"]
+
+
+def test_three_classes_come_from_the_file_names(kermany):
+    loaded = data.load(kermany, 16, ("test",), classes=3)
+    assert loaded.classes == ["NORMAL", "BACTERIAL", "VIRAL"]
+    assert loaded.test.labels.bincount().tolist() == [4, 4, 4]
+    assert all(
+        ("virus" in id) == (label == 2) for id, label in zip(loaded.test.ids, loaded.test.labels, strict=True)
+    )
+
+
+def test_normal_is_class_zero_whatever_the_alphabet_says(tmp_path):
+    for name in ("NORMAL", "COVID"):
+        for part in ("train", "test"):
+            film(tmp_path / f"set/{part}/{name}/a-{name}{part}.png")
+    assert data.list_films(tmp_path / "set")[1] == ["NORMAL", "COVID"]
+
+
+def test_grey_and_colour_files_become_one_grey_channel_with_the_right_pixels(tmp_path):
+    for channels in (1, 3):
+        path = film(tmp_path / f"{channels}.png", side=20, shade=77, channels=channels)
+        assert torch.equal(data.decode(path, 8), torch.full((1, 8, 8), 77, dtype=torch.uint8))
+    path = film(tmp_path / "exact.png", side=32)
+    assert torch.equal(data.decode(path, 32), data.decode_image(str(path)))
+
+
+def test_no_patient_is_in_two_splits(kermany):
+    loaded = data.load(kermany, 16, ("train", "val", "test"), val_fraction=0.3)
+    groups = [set(getattr(loaded, p).groups) for p in ("train", "val", "test")]
+    assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
+    assert len(loaded.train.ids) + len(loaded.val.ids) == 35
+
+
+def test_validation_does_not_change_with_the_order_of_files_or_the_seed(kermany, monkeypatch):
+    before = split_of(kermany, "val").ids
+    listdir = data.os.listdir
+    monkeypatch.setattr(data.os, "listdir", lambda folder: sorted(listdir(folder), reverse=True))
+    torch.manual_seed(99)
+    assert split_of(kermany, "val").ids == before
+
+
+def test_validation_takes_its_share_of_every_class(kermany):
+    assert split_of(kermany, "val", val_fraction=0.25).labels.bincount().tolist() in ([4, 4], [4, 5])
+
+
+def test_test_is_not_opened_unless_asked_for(kermany):
+    assert not hasattr(data.load(kermany, 16), "test")
+
+
+def test_per_class_takes_at_most_so_many_and_says_what_is_missing(kermany, capsys):
+    loaded = data.load(kermany, 16, ("train", "val"), per_class=10)
+    labels = torch.cat([loaded.train.labels, loaded.val.labels])
+    assert labels.bincount().tolist() == [10, 10] and capsys.readouterr().out == ""
+    data.load(kermany, 16, ("train",), per_class=18)
+    assert "NORMAL has only 17" in capsys.readouterr().out
+
+
+# ---- the cache
+
+
+def test_a_warm_start_decodes_nothing_and_gives_the_same_pixels(kermany, monkeypatch):
+    cold = split_of(kermany)
+    monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("decoded again"))
+    warm = split_of(kermany)
+    assert torch.equal(cold.images, warm.images) and cold.ids == warm.ids
+    assert cold.images.shape == (len(cold.ids), 1, 32, 32) and cold.images.dtype == torch.uint8
+
+
+def test_each_row_of_the_cache_is_its_own_film(kermany):
+    split = split_of(kermany)
+    for i, id in enumerate(split.ids):
+        folder = "val" if "1946" in id or "1427" in id else "train"
+        assert torch.equal(split.images[i], data.decode(kermany / folder / id, 32))
+
+
+@pytest.mark.parametrize("change", ["file", "size", "version", "truncated"])
+def test_the_cache_is_made_again_when_what_it_was_made_from_changes(kermany, monkeypatch, change, capsys):
+    before = split_of(kermany, "test").images.clone()
+    cached = list((kermany.parent / "cache").iterdir())
+    size = 32
+    if change == "file":
+        film(kermany / "test/NORMAL/IM-0100-0001-0002.jpeg", shade=200)
+    elif change == "size":
+        size = 16
+    elif change == "version":
+        monkeypatch.setattr(data, "VERSION", data.VERSION + 1)
+    else:
+        cached[0].write_bytes(cached[0].read_bytes()[:500])
+    after = data.load(kermany, size, ("test",)).test.images
+    assert (change in ("version", "truncated")) == torch.equal(before, after)
+    assert ("damaged" in capsys.readouterr().err) == (change == "truncated")
+    assert len(list((kermany.parent / "cache").iterdir())) == (1 if change == "truncated" else 2)
+
+
+def test_a_cache_that_could_not_be_finished_leaves_nothing_behind(kermany):
+    (kermany / "test/NORMAL/IM-0100-0001-0002.jpeg").write_bytes(b"no picture")
+    (kermany / "test/PNEUMONIA/person100_virus_100.jpeg").write_bytes(b"")
+    with pytest.raises(data.UserError, match="2 of 12.*IM-0100.*person100_virus"):
+        split_of(kermany, "test")
+    assert list((kermany.parent / "cache").iterdir()) == []
+
+
+# ---- batches
+
+
+def test_prepare_normalises_by_imagenets_mean_and_deviation_and_is_channels_last():
+    images = torch.randint(0, 256, (3, 1, 5, 7), dtype=torch.uint8)
+    x = data.prepare(images, torch.device("cpu"))
+    assert x.shape == (3, 3, 5, 7) and x.is_contiguous(memory_format=torch.channels_last)
+    for c, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)):
+        assert torch.allclose(x[:, c], (images[:, 0] / 255 - mean) / std, atol=1e-5)
+
+
+def test_augmentation_moves_a_film_the_same_way_at_two_sizes_and_never_flips_it():
+    theta = data.random_affine(8, torch.Generator().manual_seed(1))
+    assert (torch.linalg.det(theta[:, :, :2]) > 0.8).all()  # a flip has a negative determinant
+    large, small = (data.prepare(data.phantoms(8, s, 3)[0], torch.device("cpu"), theta) for s in (96, 48))
+    still = data.prepare(data.phantoms(8, 48, 3)[0], torch.device("cpu"))
+    shrunk = torch.nn.functional.avg_pool2d(large, 2)
+    assert (shrunk - small).abs().mean() < 0.12 < (still - small).abs().mean()
+
+
+# ---- errors and the command line
+
+
+@pytest.mark.parametrize("source, says", [("nowhere", "no such folder"), (".", "no folder train")])
+def test_a_wrong_folder_names_the_layout_expected(source, says):
+    with pytest.raises(data.UserError, match=rf"train/CLASS.*{says}.*--download"):
+        data.load(source, 32)
+
+
+def test_a_class_without_films_is_named(kermany):
+    for path in (kermany / "test/NORMAL").iterdir():
+        path.unlink()
+    with pytest.raises(data.UserError, match="test, found none of NORMAL"):
+        split_of(kermany, "test")
+
+
+def test_the_audit_counts_films_patients_copies_and_unreadable_files(kermany, capsys):
+    (kermany / "test/PNEUMONIA/person100_bacteria_100.jpeg").write_bytes(b"no picture")
+    copy = kermany / "train/NORMAL/IM-0003-0001.jpeg"
+    (kermany / "test/NORMAL/IM-0101-0001-0002.jpeg").write_bytes(copy.read_bytes())
+    data.main([str(kermany)])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "train 17 (17) 18 (17) 35 (34) the paper 1363 3922 5285" in text
+    assert "test 4 (4) 8 (8) 12 (12) the paper 236 394 630" in text
+    assert "patients in both train and test: 0" in text and "unreadable files: 1" in text
+    assert "copies of another film: 1, of them across train and test: 1" in text
+
+
+# ---- download
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves one archive; honours Range, and hangs up after `cut` bytes once."""
+
+    content, cut, ranges = b"", None, []
+
+    def do_GET(self):
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        Server.ranges.append(start)
+        if start >= len(self.content):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.end_headers()
+        end, Server.cut = Server.cut, None
+        self.wfile.write(self.content[start:end])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def archive(kermany):
+    """(url, sha256) of the miniature set, zipped, on localhost."""
+    path = kermany.parent / "set.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for film_path in sorted(kermany.rglob("*.jpeg")):
+            file.write(film_path, film_path.relative_to(kermany.parent))
+    Server.content, Server.cut, Server.ranges = path.read_bytes(), None, []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/set.zip", hashlib.sha256(Server.content).hexdigest()
+    server.shutdown()
+
+
+def download(archive, folder="fetched"):
+    data.main(["--download", folder, "--url", archive[0], "--sha256", archive[1]])
+
+
+def test_a_download_is_checked_unpacked_and_readable(archive):
+    download(archive)
+    assert len(data.list_films("fetched")[0]) == 47
+
+
+def test_a_broken_download_goes_on_where_it_stopped(archive):
+    Server.cut = 5000
+    with pytest.raises(data.UserError, match="the same command goes on"):
+        download(archive)
+    assert not data.Path("fetched").exists()
+    download(archive)
+    assert Server.ranges == [0, 5000] and len(data.list_films("fetched")[0]) == 47
+
+
+def test_a_download_that_was_complete_but_not_unpacked_is_not_fetched_again(archive):
+    data.Path("fetched.zip.part").write_bytes(Server.content)
+    download(archive)
+    assert len(data.list_films("fetched")[0]) == 47
+
+
+def test_an_archive_with_another_hash_is_deleted_and_never_unpacked(archive):
+    with pytest.raises(data.UserError, match="SHA-256"):
+        download((archive[0], "0" * 64))
+    assert not data.Path("fetched").exists() and not data.Path("fetched.zip.part").exists()
+
+
+def test_nothing_listening_is_one_line_with_the_remedy():
+    start = time.time()
+    with pytest.raises(data.UserError, match="broke off.*goes on"):
+        download(("http://127.0.0.1:9/set.zip", "0" * 64))
+    assert time.time() - start < 10
+
+
+def test_a_folder_with_files_in_it_is_not_written_over(archive, kermany):
+    with pytest.raises(data.UserError, match="new or empty"):
+        download(archive, str(kermany))
+
+
+# ---- plumbing
+
+
+def test_an_interrupted_write_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), data.atomic(path) as part:
+        part.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

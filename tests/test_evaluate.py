@@ -1,0 +1,241 @@
+"""Figures against brute force, closed forms and committed values of scikit-learn 1.7 on the same inputs."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import fit
+
+import data
+import evaluate
+from evaluate import auc, bootstrap_weights, calibration_error, interval, measure, metrics, report
+
+LOGITS = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.5], [0.5, 0.0], [0.0, 2.0], [1.0, 0.0], [0.0, 0.5]])
+LABELS = torch.tensor([0, 1, 0, 1, 1, 0, 1])  # called 0 1 1 0 1 0 1: tn 2, fp 1, fn 1, tp 3
+
+
+def ones(n):
+    return torch.ones(1, n, dtype=torch.float64)
+
+
+def test_binary_figures_are_the_fractions_counted_by_hand():
+    m = metrics(LOGITS, LABELS, ["NORMAL", "PNEUMONIA"])
+    assert m["confusion"] == [[2, 1], [1, 3]]
+    wanted = {"accuracy": 5 / 7, "specificity": 2 / 3, "sensitivity": 3 / 4, "precision": 3 / 4, "f1": 3 / 4}
+    for name, value in wanted.items():
+        assert m[name] == pytest.approx(value, abs=1e-12), name
+    # logit margins of positives 1, -.5, 2, .5 against negatives -2, .5, -1: 10 wins, 1 tie, 1 loss
+    assert m["auc"] == pytest.approx(10.5 / 12, abs=1e-12)
+
+
+def test_accuracy_is_right_calls_over_all_films_for_any_threshold():
+    logits, labels = torch.randn(101, 2), torch.randint(2, (101,))
+    for threshold in (0.1, 0.5, 0.9):
+        m = metrics(logits, labels, ["a", "b"], threshold)
+        (tn, fp), (fn, tp) = m["confusion"]
+        assert tn + fp + fn + tp == 101 and m["accuracy"] == pytest.approx((tp + tn) / 101, abs=1e-12)
+        assert m["sensitivity"] == pytest.approx(tp / (tp + fn)) and m["specificity"] == pytest.approx(
+            tn / (tn + fp)
+        )
+
+
+def test_auc_is_the_share_of_pairs_won_with_ties_counted_half_and_weights_as_copies():
+    for _ in range(5):
+        scores, truth = torch.randint(6, (60,)).double(), torch.randint(2, (60,))
+        copies = torch.randint(0, 3, (60,))
+        copied = scores.repeat_interleave(copies), truth.repeat_interleave(copies)
+        pairs = [(a, b) for a in copied[0][copied[1] == 1] for b in copied[0][copied[1] == 0]]
+        brute = sum(bool(a > b) + bool(a == b) / 2 for a, b in pairs) / len(pairs)
+        assert auc(scores, truth, copies[None].double()).item() == pytest.approx(float(brute), abs=1e-12)
+
+
+def test_auc_of_a_single_class_is_not_a_number():
+    assert math.isnan(auc(torch.rand(5), torch.ones(5), ones(5)).item())
+
+
+def test_calibration_error_is_zero_for_a_calibrated_toy_and_the_gap_for_an_overconfident_one():
+    confidence, right = torch.full((10,), 0.7, dtype=torch.float64), torch.tensor([True] * 7 + [False] * 3)
+    assert calibration_error(confidence, right, ones(10)).item() == pytest.approx(0, abs=1e-12)
+    assert calibration_error(torch.full((10,), 0.99, dtype=torch.float64), right, ones(10)).item() == pytest.approx(
+        0.29, abs=1e-9
+    )
+
+
+def test_calibration_error_agrees_with_a_loop_over_bins():
+    confidence, right = torch.rand(200).double() / 2 + 0.5, torch.rand(200) < 0.8
+    brute = 0.0
+    for b in range(15):
+        inside = (confidence * 15).long().clamp(max=14) == b
+        if inside.any():
+            gap = confidence[inside].mean() - right[inside].double().mean()
+            brute += abs(gap.item()) * inside.double().mean().item()
+    assert calibration_error(confidence, right, ones(200)).item() == pytest.approx(brute, abs=1e-12)
+
+
+def test_three_class_figures_are_macro_means_of_each_class_against_the_rest():
+    logits, labels = torch.randn(90, 3), torch.randint(3, (90,))
+    m, called = metrics(logits, labels, ["a", "b", "c"]), logits.argmax(1)
+    assert m["accuracy"] == pytest.approx((called == labels).double().mean().item())
+    recalls = [(called[labels == c] == c).double().mean().item() for c in range(3)]
+    specs = [(called[labels != c] != c).double().mean().item() for c in range(3)]
+    assert m["sensitivity"] == pytest.approx(sum(recalls) / 3) and m["specificity"] == pytest.approx(
+        sum(specs) / 3
+    )
+    assert m["confusion"] == [
+        [((labels == i) & (called == j)).sum().item() for j in range(3)] for i in range(3)
+    ]
+
+
+def test_several_findings_have_one_value_each_and_unknown_labels_count_for_nothing():
+    logits, labels = torch.randn(50, 3), torch.randint(2, (50, 3)).float()
+    labels[:10, 1] = math.nan
+    m = metrics(logits, labels, ["a", "b", "c"])
+    for k, rows in ((0, slice(None)), (1, slice(10, None))):
+        z = torch.stack([torch.zeros(50), logits[:, k]], 1)[rows]
+        alone = metrics(z, labels[rows, k].long(), ["no", "yes"])
+        for name in evaluate.NAMES:
+            assert m[name][k] == pytest.approx(alone[name], abs=1e-9), name
+        assert m["confusion"][k] == alone["confusion"]
+
+
+def test_no_network_with_two_classes_is_asked_for_its_best_five():
+    assert metrics(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), ["a", "b"])["accuracy"] in (
+        0,
+        0.25,
+        0.5,
+        0.75,
+        1,
+    )
+
+
+def test_logits_that_are_not_finite_are_refused():
+    with pytest.raises(data.UserError, match="diverged"):
+        metrics(torch.tensor([[math.nan, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), ["a", "b"])
+
+
+# ---- intervals
+
+
+def test_a_bootstrap_sample_of_figures_is_the_figures_of_the_sample():
+    groups = [f"p{i // 2}" for i in range(40)]
+    logits, labels = torch.randn(40, 2), torch.arange(40) % 2
+    weights = bootstrap_weights(groups, repeats=5)
+    samples = measure(logits, labels, weights)
+    for r in range(5):
+        rows = torch.arange(40).repeat_interleave(weights[r].long())
+        again = metrics(logits[rows], labels[rows], ["a", "b"])
+        for name in evaluate.NAMES:
+            assert samples[name][r].item() == pytest.approx(again[name], abs=1e-9), name
+
+
+def test_patients_are_drawn_whole():
+    groups = ["a", "b", "a", "c", "b", "a"]
+    weights = bootstrap_weights(groups, repeats=200)
+    assert torch.equal(weights[:, 0], weights[:, 2]) and torch.equal(weights[:, 0], weights[:, 5])
+    assert ((weights[:, 0] + weights[:, 1] + weights[:, 3]) == 3).all()
+    assert torch.equal(weights, bootstrap_weights(groups, repeats=200))
+
+
+def test_the_interval_of_an_accuracy_is_close_to_the_normal_one_and_wider_when_films_share_patients():
+    n = 400
+    labels = torch.arange(n) % 2
+    right = torch.arange(n) % 5 != 0  # 80 %, the same for both films of a pair below
+    logits = torch.stack([torch.zeros(n), (labels * 2.0 - 1) * (right * 2.0 - 1)], 1)
+    alone = measure(logits, labels, bootstrap_weights(range(n)))["accuracy"]
+    low, high = interval(alone).tolist()
+    half = 1.96 * (0.8 * 0.2 / n) ** 0.5
+    assert low == pytest.approx(0.8 - half, abs=0.012) and high == pytest.approx(0.8 + half, abs=0.012)
+    pairs = measure(
+        logits, labels, bootstrap_weights([i // 10 % 40 if r else i % 5 + 100 for i, r in enumerate(right)])
+    )
+    wide = interval(pairs["accuracy"]).tolist()
+    assert wide[1] - wide[0] > 1.5 * (high - low)
+
+
+def test_the_threshold_is_the_one_with_the_best_sensitivity_plus_specificity():
+    scores = torch.tensor([0.1, 0.2, 0.3, 0.35, 0.6, 0.8], dtype=torch.float64)
+    logits, labels = (
+        torch.stack([torch.zeros(6).double(), scores.logit()], 1),
+        torch.tensor([0, 0, 0, 1, 1, 1]),
+    )
+    assert evaluate.youden_threshold(logits, labels) == pytest.approx(0.325)
+
+
+# ---- the report
+
+
+def test_the_report_is_the_one_scikit_learn_prints():
+    text = report([[2, 1], [1, 3]], ["NORMAL", "PNEUMONIA"])
+    assert text == (
+        "              precision    recall  f1-score   support\n\n"
+        "      NORMAL       0.67      0.67      0.67         3\n"
+        "   PNEUMONIA       0.75      0.75      0.75         4\n\n"
+        "    accuracy                           0.71         7\n"
+        "   macro avg       0.71      0.71      0.71         7\n"
+        "weighted avg       0.71      0.71      0.71         7\n"
+    )
+
+
+# ---- runs
+
+
+@pytest.fixture
+def three_runs(few_phantoms):
+    fit("--out", "runs/teacher")
+    fit("--out", "runs/baseline", role="baseline")
+    fit("--out", "runs/student", "--teacher", "runs/teacher", role="student")
+    return ["runs/teacher", "runs/baseline", "runs/student"]
+
+
+def test_one_table_holds_the_floor_the_three_runs_their_agreement_and_the_paired_difference(
+    three_runs, capsys
+):
+    capsys.readouterr()
+    evaluate.main(three_runs)
+    text = capsys.readouterr().out
+    for wanted in ("| always NORMAL ", "| teacher (squeezenet1_1) ", "| baseline (", "| student (",
+                   "student (squeezenet1_1) makes its teacher's call on", "16 test films",
+                   "student (squeezenet1_1) minus baseline",
+                   "at the threshold best on validation", "weighted avg", "confusion"):  # fmt: skip
+        assert wanted in text, wanted
+    for folder in three_runs:
+        stored = json.loads((data.Path(folder) / "metrics.json").read_text())
+        at = stored["test"]["0.5"]
+        (tn, fp), (fn, tp) = at["confusion"]
+        assert tn + fp == fn + tp == 8 and at["accuracy"] == pytest.approx((tp + tn) / 16)
+        assert at["interval"]["accuracy"][0] <= at["accuracy"] <= at["interval"]["accuracy"][1]
+        assert stored["trained_by"]["commit"] and stored["args"]["seed"] == 0
+    assert 0 <= stored["agreement_with_teacher"] <= 1
+
+
+def test_runs_that_differ_in_their_seed_share_a_row(few_phantoms, capsys):
+    fit(role="baseline")
+    fit("--seed", "1", role="baseline")
+    evaluate.main(["runs/demo/" + p.name for p in sorted(data.Path("runs/demo").iterdir())])
+    assert ", 2 seeds) | " in capsys.readouterr().out
+
+
+def test_evaluating_changes_neither_weights_nor_the_next_training_step(few_phantoms):
+    args = fit()
+    before = torch.load(f"{args.out}/last.pt", weights_only=True)["model"]
+    evaluate.main([args.out])
+    after = torch.load(f"{args.out}/last.pt", weights_only=True)["model"]
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_run_is_not_judged_on_patients_that_it_was_trained_on(kermany):
+    args = fit("--data", str(kermany), "--recipe", "scratch")
+    for film in (kermany / "train/NORMAL").glob("IM-*.jpeg"):
+        (kermany / "test/NORMAL" / film.name).write_bytes(film.read_bytes())
+    with pytest.raises(data.UserError, match="patients that it is to be judged by"):
+        evaluate.main([args.out])
+
+
+def test_classes_other_than_those_of_training_are_refused(kermany, few_phantoms):
+    args = fit()
+    (kermany / "train/PNEUMONIA").rename(kermany / "train/COVID")
+    (kermany / "test/PNEUMONIA").rename(kermany / "test/COVID")
+    (kermany / "val/PNEUMONIA").rename(kermany / "val/COVID")
+    with pytest.raises(data.UserError, match="'PNEUMONIA'.*'COVID'"):
+        evaluate.main([args.out, "--data", str(kermany)])

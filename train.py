@@ -1,0 +1,491 @@
+"""Train a teacher, a baseline, or a student distilled from a teacher: one loop for all three.
+
+    python train.py --role teacher                 built-in phantoms, no download (recipe demo)
+    python train.py --role baseline                the student's network on labels alone
+    python train.py --role student --T 1           the same network, distilled from runs/demo/teacher
+    python train.py --role student --T 10 --data data/chest_xray        real films (recipe pneumonia)
+
+A run is a folder, runs/RECIPE/NAME: best.pt (best on validation), last.pt (to go on from), history.csv.
+A recipe is a set of defaults, nothing more; any flag overrides it.
+"""
+
+import argparse
+import csv
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import (
+    UserError,
+    atomic,
+    default_device,
+    load,
+    prepare,
+    progress,
+    provenance,
+    random_affine,
+    run,
+    table,
+)
+from evaluate import metrics, predict
+from kd import distillation_loss, label_loss, mean_teacher
+from models import (
+    AUX_WEIGHT,
+    build,
+    checkpoint_file,
+    features,
+    file_hash,
+    forward,
+    frozen_hash,
+    load_checkpoint,
+    save_checkpoint,
+    split,
+)
+
+
+def recipe(both, teacher, student):
+    return {"teacher": {**both, **teacher}, "baseline": {**both, **student}, "student": {**both, **student}}
+
+
+RECIPES = {  # RECIPES[name][role]: flag -> value
+    "demo": recipe(
+        dict(data="phantoms", clip=1.0, batch_size=16, lr_gamma=0.2),
+        teacher=dict(arch="inception_v3", size=112, epochs=8, lr=0.02, lr_step=5),
+        student=dict(arch="alexnet", size=80, per_class=40, epochs=24, lr=0.03, lr_step=16),
+    ),
+    # Document A, arXiv 2406.08837. It does not state batch size, epochs, momentum or alpha: ours.
+    "pneumonia": recipe(
+        dict(weights="imagenet", finetune="fc", epochs=20, lr_step=7, lr_gamma=0.9),
+        teacher=dict(arch="inception_v3", size=299, lr=5e-3),
+        student=dict(arch="alexnet", size=224, lr=2e-4),
+    ),
+    "scratch": recipe(  # the same films and networks for those who have no ImageNet weights at hand
+        dict(epochs=20, lr_step=7, lr_gamma=0.5, clip=1.0),
+        teacher=dict(arch="inception_v3", size=224, lr=0.02),
+        student=dict(arch="alexnet", size=224, lr=0.02),
+    ),
+}
+
+
+# ---- the loop ---------------------------------------------------------------------------------------
+
+
+def batches(n, batch_size, generator):
+    """A shuffled pass over n films, as a list of index tensors.
+
+    A last batch of one joins the one before it: BatchNorm cannot take a variance over a single film.
+    """
+    parts = list(torch.randperm(n, generator=generator).split(batch_size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
+def objective(logits, labels, teacher_logits, T, alpha, label_smoothing):
+    """total, hard, soft: with a teacher the mix of both, without one the labels alone."""
+    if teacher_logits is None:
+        hard = label_loss(logits, labels, label_smoothing)
+        return hard, hard, torch.zeros_like(hard)
+    return distillation_loss(logits, teacher_logits, labels, T, alpha)  # KD
+
+
+def train_one_epoch(model, view, labels, batches, optimizer, teacher=None, T=1.0, alpha=0.9,
+                    label_smoothing=0.0, aux_weight=0.0, clip=0.0, amp=False):  # fmt: skip
+    """One pass over `batches`, an iterable of index tensors; returns means over the films it saw.
+
+    view(index) is what the model reads of those films, labels[index] the truth, and teacher(index) the
+    teacher's logits for the same films: a row of a table, or the answer of a network asked on the spot.
+    Films are addressed by index from end to end, so teacher and student cannot slip apart. Without a
+    teacher this is ordinary training; the lines marked KD are all that distillation adds.
+    """
+    model.train()  # the teacher was put in eval mode when it was loaded; nothing here owns or moves it
+    sums, seen = torch.zeros(4, device=labels.device), 0
+    for index in batches:
+        teacher_logits = None
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=amp):
+            logits, aux = forward(model, view(index))  # (B, C)
+            if teacher is not None:  # KD
+                with torch.no_grad():  # KD
+                    teacher_logits = teacher(index)  # KD: (B, C)
+        targets = (labels[index], teacher_logits, T, alpha, label_smoothing)
+        loss, hard, soft = objective(logits, *targets)
+        for aux_logits in aux:  # a second opinion half-way up learns the same thing
+            loss = loss + aux_weight * objective(aux_logits, *targets)[0]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        with torch.no_grad():  # sums stay on the device: reading them here would stall a GPU at every step
+            sums += len(index) * torch.stack([loss, hard, soft, accuracy(logits, labels[index])])
+        seen += len(index)
+    loss, hard, soft, right = (sums / seen).tolist()
+    return {"loss": loss, "hard": hard, "soft": soft, "train_accuracy": right}
+
+
+def accuracy(logits, labels):
+    if labels.dim() == 1:
+        return (logits.argmax(1) == labels).float().mean()
+    return ((logits > 0) == (labels > 0.5))[~labels.isnan()].float().mean()
+
+
+# ---- what the loop is fed -------------------------------------------------------------------------------
+
+
+def films(images, device, theta=None):
+    """view(index): those films as a network reads them, moved by their affine matrices if there are any."""
+    return lambda index: prepare(images[index], device, None if theta is None else theta[index])
+
+
+def rows(table, device):
+    """view(index): rows of a table made beforehand, of features or of a teacher's logits."""
+    table = resident(table, device)
+    return lambda index: table[index].to(device).float()
+
+
+def through_frozen(model, tail, view):
+    """view(index): those films as they reach the tail, after the frozen rest of the network."""
+
+    def reach(index):
+        with torch.no_grad():
+            return features(model, tail, view(index))
+
+    return reach
+
+
+def resident(tensor, device):
+    """On a GPU a whole table moves there once, if it fits: no batch waits for the bus afterwards."""
+    if device.type == "cuda" and tensor.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        return tensor.to(device)
+    return tensor
+
+
+def tabulate(args, name, facts, view, n, dtype=np.float32):
+    """view(index) of all n films, computed once and kept in the cache: a table like the images."""
+
+    def fill(array):
+        for index in progress(torch.arange(n).split(64), name):
+            array[index.numpy()] = view(index).float().cpu().numpy()
+
+    shape = (n, *view(torch.arange(1)).shape[1:])
+    return table(args.cache, name, facts, shape, dtype, fill)
+
+
+def make_views(args, data, model, tail, device):
+    """What the learning part reads: train(theta) gives an epoch's view of its films, val is one view.
+
+    A frozen network says the same of a film at every epoch, so it is asked once and its features kept;
+    only with --augment, where the films change, it runs again and again.
+    """
+    images = resident(data.train.images, device)
+    val = films(resident(data.val.images, device), device)
+    if tail is model:
+        return lambda theta: films(images, device, theta), val
+    val = through_frozen(model, tail, val)
+    if args.augment:
+        return lambda theta: through_frozen(model, tail, films(images, device, theta)), val
+    tables = {}
+    for part, view in (("train", through_frozen(model, tail, films(images, device))), ("val", val)):
+        split = getattr(data, part)
+        facts = [args.arch, args.size, args.finetune, frozen_hash(model), split.fingerprint]
+        table = tabulate(args, f"features-{part}", facts, view, len(split.labels), np.float16)
+        tables[part] = rows(table, device)
+    return lambda theta: tables["train"], tables["val"]
+
+
+def make_teacher(args, data, device):
+    """teacher(theta) gives an epoch's function from an index to the teacher's logits for those films.
+
+    Without augmentation a teacher says the same of a film at every epoch and for every temperature: it
+    is asked once, and its logits are a table. Several teachers speak with one voice, their mean.
+    """
+    teachers = [check_teacher(path, args, data) for path in args.teacher]
+    views, tables = [], []
+    for path, model, facts in teachers:
+        model.to(device, memory_format=torch.channels_last)
+        same_films = data.train
+        if facts["size"] != args.size:
+            same_films = load_films(args, facts["size"], ["train"]).train
+        images = resident(same_films.images, device)
+        ask = lambda view, model=model: lambda index: forward(model, view(index))[0]  # noqa: E731
+        views.append(lambda theta, ask=ask, images=images: ask(films(images, device, theta)))
+        if not args.augment:
+            key = [file_hash(checkpoint_file(path)), same_films.fingerprint, facts["size"]]
+            with torch.no_grad():
+                tables.append(tabulate(args, "teacher", key, views[-1](None), len(data.train.labels)))
+    if tables:
+        table = rows(mean_teacher(tables, args.T, data.multilabel), device)
+        return lambda theta: table
+
+    def live(theta):  # the same matrices as the student's: both look at the same view of a film
+        asks = [view(theta) for view in views]
+        return lambda index: mean_teacher([ask(index) for ask in asks], args.T, data.multilabel)
+
+    return live
+
+
+def check_teacher(path, args, data):
+    """(path, model, facts), unless something about it would make the student's result a lie."""
+    model, facts = load_checkpoint(path)
+    if facts["classes"] != data.classes:
+        raise UserError(
+            f"teacher and student need the same classes in the same order; {path} knows {facts['classes']}, "
+            f"the films have {data.classes}: train a teacher on these films"
+        )
+    if set(facts["train_groups"]) & set(data.val.groups):
+        raise UserError(
+            f"{path} was trained on patients whom this student is validated on: give both the same --data, "
+            f"--val-fraction, --per-class and --classes"
+        )
+    print(f"taught by {path}: {facts['arch']} at {facts['size']} px, epoch {facts['epoch']}, "
+          f"validation accuracy {100 * mean(facts['validation']['accuracy']):.1f} %")
+    return path, model, facts
+
+
+def mean(value):
+    """A film with several findings has one value per finding; those that could not be computed are NaN."""
+    return float(torch.as_tensor(value, dtype=torch.float64).nanmean())
+
+
+# ---- a run ------------------------------------------------------------------------------------------------
+
+
+def load_films(args, size, splits):
+    return load(args.data, size, splits, args.per_class, args.classes, args.val_fraction, args.cache)
+
+
+def make_optimizer(args, parameters):
+    if args.optimizer == "adam":
+        return torch.optim.Adam(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
+    return torch.optim.SGD(parameters, args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
+
+
+def resume(args, model, optimizer):
+    """The history so far: empty for a new run; otherwise weights and optimiser are put back as they were."""
+    path = Path(args.out) / "last.pt"
+    if not path.exists():
+        return []
+    saved, facts = load_checkpoint(path)
+    ours, theirs = vars(args), facts["args"]
+    changed = [k for k in ours if k not in ("device", "cache", "out") and ours[k] != theirs.get(k)]
+    if changed:
+        told = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)} (now {ours[k]})" for k in changed)
+        raise UserError(f"{args.out} was begun with {told}: repeat that command, or choose another --out")
+    model.load_state_dict(saved.state_dict())
+    optimizer.load_state_dict(facts["optimizer"])
+    return facts["history"]
+
+
+def save(args, model, optimizer, history, best, facts):
+    """best.pt before last.pt: killed between the two, the run repeats this epoch and writes both again."""
+    out = Path(args.out)
+    if best:
+        save_checkpoint(out / "best.pt", model, epoch=len(history), **facts)
+    save_checkpoint(out / "last.pt", model, epoch=len(history), history=history,
+                    optimizer=optimizer.state_dict(), **facts)
+    save_history(out / "history.csv", history)
+
+
+def save_history(path, history):
+    with atomic(path) as part, open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, history[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def train(args):
+    device = torch.device(args.device)
+    data = load_films(args, args.size, ["train", "val"])
+    n, labels = len(data.train.labels), data.train.labels.to(device)
+
+    torch.manual_seed(args.seed)
+    model = build(args.arch, len(data.classes), args.size, args.weights)
+    model.to(device, memory_format=torch.channels_last)
+    tail = split(model, args.finetune)  # the part that learns: all of it, or its end
+    optimizer = make_optimizer(args, tail.parameters())
+    history = resume(args, model, optimizer)
+    if len(history) == args.epochs:
+        return print(f"{args.out} is finished, {args.epochs} epochs: evaluate it, or choose another --out")
+
+    print(f"{args.role}: {args.arch} at {args.size} px, {millions(model)} M parameters, {millions(tail)} M "
+          f"learning; {n} training and {len(data.val.labels)} validation films of {args.data}; to {args.out}")
+    if history:
+        print(f"going on after epoch {len(history)}")
+    view, val_view = make_views(args, data, model, tail, device)
+    teacher = make_teacher(args, data, device) if args.teacher else lambda theta: None
+    facts = {"args": vars(args), "classes": data.classes, "multilabel": data.multilabel,
+             "train_groups": sorted(set(data.train.groups)), "provenance": provenance()}  # fmt: skip
+
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        # Every random choice of an epoch follows from seed and epoch: a run can go on from any of them.
+        torch.manual_seed(1_000_003 * args.seed + epoch)
+        generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch)
+        theta = random_affine(n, generator) if args.augment else None
+        lr = args.lr * args.lr_gamma ** ((epoch - 1) // args.lr_step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        parts = progress(batches(n, args.batch_size, generator), f"epoch {epoch:>2}/{args.epochs}")
+        start = time.perf_counter()
+        row = train_one_epoch(
+            tail, view(theta), labels, parts, optimizer, teacher(theta), args.T, args.alpha,
+            args.label_smoothing, AUX_WEIGHT.get(args.arch, 0.0), args.clip,
+            amp=args.amp and device.type == "cuda",  # without bfloat16 hardware it is far slower than float32
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        if not math.isfinite(row["loss"]):
+            raise UserError(f"the loss is {row['loss']} in epoch {epoch} at learning rate {lr:.2g}: lower "
+                            f"--lr or set --clip 1; {args.out} keeps the epoch before")
+        logits = predict(tail, val_view, len(data.val.labels))
+        judged = metrics(logits, data.val.labels, data.classes)
+        row = {"epoch": epoch, **row, "val_loss": label_loss(logits, data.val.labels).item(),
+               **{f"val_{k}": mean(judged[k]) for k in ("accuracy", "specificity", "sensitivity", "auc")},
+               "lr": lr, "seconds": round(seconds, 2)}  # fmt: skip
+        score = "val_auc" if data.multilabel else "val_accuracy"
+        best = all((row[score], -row["val_loss"]) > (r[score], -r["val_loss"]) for r in history)
+        history.append(row)
+        save(args, model, optimizer, history, best, {**facts, "validation": judged})
+        print(describe(args, row, best), flush=True)
+    summarise(args, history)
+
+
+def millions(model):
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
+
+
+def describe(args, row, best):
+    kd = f" (hard {row['hard']:.3f}, soft {row['soft']:.3f})" if args.teacher else ""
+    return (
+        f"epoch {row['epoch']:>2}/{args.epochs}  loss {row['loss']:.3f}{kd}  "
+        f"val loss {row['val_loss']:.3f} acc {100 * row['val_accuracy']:.1f} "
+        f"spec {100 * row['val_specificity']:.1f} sens {100 * row['val_sensitivity']:.1f}  "
+        f"lr {row['lr']:.2g}  {row['seconds']:.1f} s{'  best' if best else ''}"
+    )
+
+
+def summarise(args, history):
+    print(f"best accuracy: train {100 * max(r['train_accuracy'] for r in history):.1f}, "
+          f"validation {100 * max(r['val_accuracy'] for r in history):.1f}; lowest loss: train "
+          f"{min(r['loss'] for r in history):.3f}, validation {min(r['val_loss'] for r in history):.3f}; "
+          f"{sum(r['seconds'] for r in history):.0f} s of training; {args.out}/best.pt")  # fmt: skip
+
+
+# ---- the command line ------------------------------------------------------------------------------------
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults after every flag, and the description as it was typed."""
+
+
+UNNAMED = ("role", "recipe", "data", "out", "T", "device", "cache", "amp")  # not in a run's name
+
+
+def run_name(p, args):
+    """The role, and whatever differs from the recipe: student-T10-seed2, teacher-resnet18."""
+    name = args.role + (f"-T{args.T:g}" if args.role == "student" else "")
+    for flag, value in vars(args).items():
+        if flag in UNNAMED or value == p.get_default(flag):
+            continue
+        if flag == "teacher":
+            name += "".join(f"-of-{Path(path).name}" for path in value)
+        elif flag == "weights":
+            name += f"-from-{Path(value).stem}"
+        else:
+            name += "-" + (flag.replace("_", "") if value is True else value if flag == "arch" else
+                           flag.replace("_", "") + f"{value}")
+    return name
+
+
+def check(p, args):
+    """Mistakes that the command line alone gives away: exit code 2, before anything is read or written."""
+    for flag in ("T", "lr", "epochs", "size", "lr_step"):
+        if not getattr(args, flag) > 0:
+            p.error(f"--{flag.replace('_', '-')} must be above 0, got {getattr(args, flag)}")
+    if not 0 <= args.alpha <= 1:
+        p.error(f"--alpha mixes labels (0) and teacher (1), so it must lie in [0, 1], got {args.alpha}")
+    if args.batch_size < 2:
+        p.error(f"--batch-size must be at least 2 for BatchNorm, got {args.batch_size}")
+    if not 0 < args.val_fraction < 1 or not 0 <= args.label_smoothing < 1:
+        p.error("--val-fraction must lie between 0 and 1, and --label-smoothing from 0 to below 1")
+    if args.teacher and args.role != "student":
+        p.error(f"--teacher belongs to --role student; a {args.role} learns from labels alone")
+    if args.label_smoothing and args.role == "student":
+        p.error("--label-smoothing is for --role baseline or teacher; a student has its teacher")
+    if args.finetune != "all" and args.weights == "none":
+        p.error(f"--finetune {args.finetune} with --weights none would freeze random ones: "
+                f"give --weights imagenet or a file, or --finetune all")
+
+
+def get_args(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    g = p.add_argument_group("what to train")
+    g.add_argument("--role", required=True, choices=["teacher", "baseline", "student"], help="which one")
+    g.add_argument("--recipe", choices=RECIPES, help="set of defaults: pneumonia with --data, else demo")
+    g.add_argument("--arch", default="alexnet", help="the network, any classifier of torchvision")
+    g.add_argument("--weights", default="none", help="to start from: none (random), imagenet, or a file")
+    g.add_argument("--finetune", default="all", choices=["all", "fc", "head"],
+                   help="what learns: all layers, the fully connected ones, the new last one")  # fmt: skip
+    g.add_argument("--out", help="the run's folder (default: runs/RECIPE/NAME)")
+
+    g = p.add_argument_group("on which films")
+    g.add_argument("--data", default="phantoms", help="a folder of films, or phantoms")
+    g.add_argument("--size", type=int, default=224, help="the films' side in pixels")
+    g.add_argument("--classes", type=int, choices=[2, 3], help="3: normal, bacterial, viral, by file name")
+    g.add_argument("--per-class", type=int, help="a balanced subset, at most so many films of each class")
+    g.add_argument("--val-fraction", type=float, default=0.1, help="share of train kept for validation")
+    g.add_argument("--augment", action="store_true", help="rotate, zoom and shift a little, anew each epoch")
+
+    g = p.add_argument_group("distillation (role student)")
+    g.add_argument("--teacher", nargs="+", metavar="RUN", help="runs, or runs/RECIPE/teacher")
+    g.add_argument("--T", type=float, default=1.0, help="temperature: 1 as it is, higher is softer")
+    g.add_argument("--alpha", type=float, default=0.9, help="0 heeds labels only, 1 the teacher only")
+
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=int, default=20, help="passes over the films")
+    g.add_argument("--batch-size", type=int, default=32, help="films a step")
+    g.add_argument("--optimizer", default="sgd", choices=["sgd", "adam"], help="the kind")
+    g.add_argument("--lr", type=float, default=0.01, help="learning rate of the first epoch")
+    g.add_argument("--lr-step", type=int, default=7, help="epochs between two decays of the learning rate")
+    g.add_argument("--lr-gamma", type=float, default=0.9, help="what a decay multiplies it by")
+    g.add_argument("--momentum", type=float, default=0.9, help="of SGD")
+    g.add_argument("--weight-decay", type=float, default=0.0, help="pull of all weights towards zero")
+    g.add_argument("--clip", type=float, default=0.0, help="largest norm of the gradient, 0: any")
+    g.add_argument("--label-smoothing", type=float, default=0.0, help="share of a label spread over all")
+
+    g = p.add_argument_group("machine")
+    g.add_argument("--seed", type=int, default=0, help="of weights, order, dropout and augmentation")
+    g.add_argument("--device", default=default_device(), help="cpu, cuda or cuda:N")
+    g.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 on a GPU")
+    g.add_argument("--cache", default="cache", help="folder of decoded films and tables; may be deleted")
+
+    # Parsed twice: once to learn role and recipe, once with their defaults (which --help then shows).
+    first, _ = p.parse_known_args([a for a in argv if a not in ("-h", "--help")] or ["--role", "teacher"])
+    name = first.recipe or ("demo" if first.data == "phantoms" else "pneumonia")
+    p.set_defaults(**RECIPES[name][first.role], recipe=name)
+    args = p.parse_args(argv)
+    check(p, args)
+    args.out = args.out or f"runs/{name}/{run_name(p, args)}"
+    if args.role == "student" and not args.teacher:
+        args.teacher = [f"runs/{name}/teacher"]
+    if Path(args.out).resolve() in [Path(path).resolve() for path in args.teacher or []]:
+        p.error(f"a student cannot be its own teacher: --out is {args.out} and so is --teacher")
+    return args
+
+
+def main(argv=None):
+    args = get_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
+    try:
+        train(args)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on from the last epoch in {args.out}", file=sys.stderr)
+        raise
+
+
+if __name__ == "__main__":
+    run(main)

@@ -93,7 +93,7 @@ def table(folder, name, facts, shape, dtype, fill):
         raise ValueError("it holds something else")
     except FileNotFoundError:
         pass
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         print(f"{path} is damaged ({error}): made again", file=sys.stderr)
     with atomic(path) as part:
         array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=tuple(shape))
@@ -103,14 +103,26 @@ def table(folder, name, facts, shape, dtype, fill):
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-def default_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def add_device_flag(parser):
+    def device(name):
+        try:
+            torch.empty(0, device=name)
+            return name
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise argparse.ArgumentTypeError(f"{name} cannot be used here ({reason}); try cpu") from None
+
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=default, help="cpu, cuda or cuda:N")
 
 
 def provenance():
     """What a number came from: command, commit, versions and machine."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:  # no git on this machine
+        commit = "unknown"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"command": " ".join(sys.argv), "commit": commit, "torch": str(torch.__version__),
             "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads"}  # fmt: skip
@@ -223,10 +235,16 @@ def list_class_folders(root, classes):
         for name in sorted(filter(FILM.fullmatch, os.listdir(folder))):
             patient = PATIENT.match(name)
             label = names.index(folder.name)
-            if classes == 3 and folder.name.upper() != "NORMAL":
-                label = 1 + ("virus" in name.lower())
-            films.append(film(f"{folder.name}/{name}", label, part, folder / name, patient and patient[0]))
-    return films, ["NORMAL", "BACTERIAL", "VIRAL"] if classes == 3 else names
+            if classes == 3 and names == ["NORMAL", "PNEUMONIA"] and label:
+                kind = re.search("bacteria|virus", name.lower())
+                if not kind:
+                    raise UserError(f"--classes 3 needs bacteria or virus in the names of pneumonia films, "
+                                    f"found {folder / name}: use --classes 2")
+                label = 1 + (kind[0] == "virus")
+            id = f"{folder.parent.name}/{folder.name}/{name}"
+            films.append(film(id, label, part, folder / name, patient and patient[0]))
+    split = classes == 3 and names == ["NORMAL", "PNEUMONIA"]
+    return films, ["NORMAL", "BACTERIAL", "VIRAL"] if split else names
 
 
 def by_hash(name):
@@ -234,14 +252,21 @@ def by_hash(name):
     return hashlib.sha256(name.encode()).digest()
 
 
-def take_per_class(films, per_class, names):
-    """At most `per_class` training films of each class, the shortfall printed; test stays whole."""
-    chosen = {f.id for f in films if f.part != "train"}
+def take_per_class(films, per_class, names, shares):
+    """At most `per_class` films of each class, shared out over train and val; the shortfall is printed.
+
+    It comes after validation was carved out: a small subset never trains on what a large one holds back.
+    """
+    chosen = {f.id for f in films if f.part not in shares}
     for label, name in enumerate(names):
-        of_class = [f for f in films if f.part == "train" and f.label == label]
-        if len(of_class) < per_class:
-            print(f"--per-class {per_class}: {name} has only {len(of_class)} training films")
-        chosen |= {f.id for f in sorted(of_class, key=lambda f: by_hash(f.id))[:per_class]}
+        found = 0
+        for part, share in shares.items():
+            of_class = [f for f in films if f.part == part and f.label == label]
+            taken = sorted(of_class, key=lambda f: by_hash(f.id))[: max(1, round(share * per_class))]
+            chosen |= {f.id for f in taken}
+            found += len(taken)
+        if found < per_class:
+            print(f"--per-class {per_class}: only {found} films of {name}")
     return [f for f in films if f.id in chosen]
 
 
@@ -269,6 +294,8 @@ def carve_validation(films, fraction):
 def decode(path, size):
     """One film as (1, size, size) uint8: grey, and squashed to a square so that no lung is cut off."""
     image = decode_image(str(path), ImageReadMode.GRAY)
+    if image.dtype == torch.uint16:  # 16-bit PNG: 65535 becomes 255
+        image = (image.int() // 257).to(torch.uint8)
     if image.shape[-2:] != (size, size):
         image = F.interpolate(image[None].float(), size=(size, size), mode="bilinear", antialias=True)[0]
         image = image.round().clamp(0, 255).to(torch.uint8)
@@ -309,10 +336,12 @@ def load(source, size, splits=("train", "val"), per_class=None, classes=None, va
     films, names = list_films(str(source), classes)
     if len(names) < 2 or classes not in (None, len(names)):
         raise UserError(f"{classes or 'at least 2'} classes needed in {source}, found {len(names)}: {names}")
-    if per_class:
-        films = take_per_class(films, per_class, names)
+    shares = {"train": 1}  # the phantoms have validation films of their own
     if all(f.part != "val" for f in films):
         carve_validation(films, val_fraction)
+        shares = {"train": 1 - val_fraction, "val": val_fraction}
+    if per_class:
+        films = take_per_class(films, per_class, names, shares)
     data = SimpleNamespace(classes=names, multilabel=False, source=str(source))
     for part in splits:
         chosen = [f for f in films if f.part == part]
@@ -332,7 +361,8 @@ def load_split(films, part, source, size, cache):
         chosen = [int(f.id.split("-")[2]) for f in films]
         split.images, _, split.masks = (tensor[chosen] for tensor in phantoms(n, size, seed))
         if part == "train":
-            wrong = torch.rand(n, generator=torch.Generator().manual_seed(seed))[chosen] < WRONG
+            # A stream of its own: with the seed of the drawings, the tilted films would be the wrong ones.
+            wrong = torch.rand(n, generator=torch.Generator().manual_seed(1000 + seed))[chosen] < WRONG
             split.labels = torch.where(wrong, 1 - split.labels, split.labels)
         split.fingerprint = fingerprint(VERSION, n, seed, split.ids)
         return split
@@ -350,8 +380,8 @@ def prepare(images, device, theta=None):
     """
     x = images.to(device, non_blocking=True).float()
     if theta is not None:
-        grid = F.affine_grid(theta.to(device), x.shape, align_corners=False)
-        x = F.grid_sample(x, grid, align_corners=False)
+        grid = F.affine_grid(theta.to(device).double(), x.shape, align_corners=False)
+        x = F.grid_sample(x, grid.float(), align_corners=False)  # double: autocast would take 8 bits
     std = torch.tensor(STD, device=device)
     # Channels last from the start, in one pass: convolutions run up to twice as fast on such tensors.
     x = torch.addcmul(-torch.tensor(MEAN, device=device) / std, x.permute(0, 2, 3, 1), 1 / (255 * std))
@@ -372,6 +402,8 @@ def random_affine(n, generator):
 def audit(source, classes=None):
     """Table III, and whatever would make a result on these films less than it seems."""
     films, names = list_films(source, classes)
+    if not films:
+        raise UserError(f"films needed in {source}, found none in its class folders: check the path")
     print("".join(f"{title:>18}" for title in ["films (patients)", *names, "all"]))
     for part in ("train", "val", "test"):
         mine = [f for f in films if f.part == part]
@@ -403,7 +435,8 @@ def audit(source, classes=None):
     across = sum(len({f.part for f in same}) > 1 for same in copies)
     print(f"exact copies of another film: {sum(len(same) - 1 for same in copies)}, "
           f"of them across train and test: {across}")
-    for side, values in zip(("height", "width"), zip(*shapes, strict=True), strict=True):
+    for i, side in enumerate(("height", "width")):
+        values = [shape[i] for shape in shapes] or [0]
         print(f"{side} from {min(values)} to {max(values)} pixels")
 
 

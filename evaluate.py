@@ -13,11 +13,10 @@ normals left alone. With more classes each is taken against the rest, and the ma
 import argparse
 import json
 import re
-from pathlib import Path
 
 import torch
 
-from data import UserError, atomic, default_device, load, prepare, provenance, run
+from data import UserError, add_device_flag, atomic, load, prepare, provenance, run
 from kd import mean_teacher
 from models import checkpoint_file, forward, load_checkpoint
 
@@ -187,8 +186,9 @@ def youden_threshold(logits, labels):
 def read(folder, device, source=None, known=None):
     """A run as a record: its facts, and its logits for the validation and test films (asked once)."""
     known = {} if known is None else known
-    if str(folder) in known:
-        return known[str(folder)]
+    key = str(folder)
+    if key in known:
+        return known[key]
     model, facts = load_checkpoint(folder)
     args = facts["args"]
     films = (source or args["data"], facts["size"], ("val", "test"), args["per_class"], args["classes"])
@@ -204,12 +204,14 @@ def read(folder, device, source=None, known=None):
         raise UserError(f"{folder} was trained on {len(seen)} of the patients that it is to be judged by in "
                         f"{films[0]} ({min(seen)} for one): judge it on other films")
     model.to(device, memory_format=torch.channels_last)
-    record = {"name": Path(folder).name, "folder": Path(folder), "facts": facts, "args": args, "data": data}
+    folder = checkpoint_file(folder).parent
+    record = {"name": folder.name, "folder": folder, "facts": facts, "args": args, "data": data}
     for part in ("val", "test"):
         split = getattr(data, part)
         view = lambda index, images=split.images: prepare(images[index], device)  # noqa: E731
         record[part] = predict(model, view, len(split.labels))
-    return known.setdefault(str(folder), record)
+    known[key] = record
+    return record
 
 
 def judge(record):
@@ -291,7 +293,7 @@ def print_table(header, rows):
 
 
 def majority_row(data):
-    """What a network would reach that always calls the commonest training-time class: the floor."""
+    """What a network would reach that calls every film by the commonest class of these films: the floor."""
     counts = data.test.labels.bincount(minlength=len(data.classes))
     logits = torch.zeros(len(data.test.labels), len(data.classes))
     logits[:, counts.argmax()] = 1
@@ -320,7 +322,7 @@ def show(records):
             share = sum(s["agreement"] for s in students) / len(students)
             print(f"{row_name(students)} makes its teacher's call on {100 * share:.1f} % of the test films")
         for baselines in variants.values():
-            if comparable(students[0], baselines[0]):
+            if any(comparable(s, b) for s in students for b in baselines):
                 print(f"{row_name(students)} minus {row_name(baselines)}, in points: "
                       + ", ".join(differences(students, baselines)))  # fmt: skip
     for record in records:
@@ -330,16 +332,16 @@ def show(records):
 
 
 def comparable(student, baseline):
-    """The same network given the same films, one with a teacher, one without."""
-    same = ("data", "arch", "size", "per_class", "classes", "finetune", "weights", "epochs", "augment")
+    """The same network given the same films and seed, one with a teacher, one without."""
+    same = ("seed", "data", "per_class", "classes", "arch", "size", "finetune", "weights", "epochs")
     a, b = student["args"], baseline["args"]
     return (a["role"], b["role"]) == ("student", "baseline") and all(a[k] == b[k] for k in same)
 
 
 def differences(students, baselines):
-    """Student minus baseline, seed by seed where both have it, on the same bootstrap samples."""
+    """Student minus baseline, seed by seed, on the same bootstrap samples."""
     pairs = [(s, b) for s in students for b in baselines if s["args"]["seed"] == b["args"]["seed"]]
-    pairs = [(s["at"]["0.5"], b["at"]["0.5"]) for s, b in pairs or [(students[0], baselines[0])]]
+    pairs = [(s["at"]["0.5"], b["at"]["0.5"]) for s, b in pairs]
     for k in ("accuracy", "specificity", "sensitivity", "auc"):
         gains = [s[k] - b[k] for s, b in pairs]
         yield f"{k} {cell(gains, [s['samples'][k] - b['samples'][k] for s, b in pairs])}"
@@ -349,7 +351,7 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
     p.add_argument("--data", help="where the films are, if no longer where they were in training")
-    p.add_argument("--device", default=default_device(), help="cpu, cuda or cuda:N (default: %(default)s)")
+    add_device_flag(p)
     return p.parse_args(argv)
 
 
@@ -357,16 +359,18 @@ def main(argv=None):
     args = get_args(argv)
     known = {}
     records = [read(folder, args.device, args.data, known) for folder in args.runs]
-    if len({tuple(record["data"].test.ids) for record in records}) > 1:
-        raise UserError("one table needs one set of test films, these runs were trained for several: "
-                        "judge them in separate calls")  # fmt: skip
+    if len({(*record["data"].classes, *record["data"].test.ids) for record in records}) > 1:
+        raise UserError("one table needs one set of test films and classes, these runs were trained for "
+                        "several: judge them in separate calls")
     for record in records:
         judge(record)
         teachers = record["args"]["teacher"] or []
         if teachers and all(checkpoint_file(path).exists() for path in teachers):
-            logits = [read(path, args.device, args.data, known)["test"] for path in teachers]
-            taught = mean_teacher(logits, record["args"]["T"], record["data"].multilabel)
-            record["agreement"] = agreement(record["test"], taught, record["data"].multilabel)
+            theirs = [read(path, args.device, args.data, known) for path in teachers]
+            if all(teacher["data"].test.ids == record["data"].test.ids for teacher in theirs):
+                several, logits = record["data"].multilabel, [teacher["test"] for teacher in theirs]
+                taught = mean_teacher(logits, record["args"]["T"], several)
+                record["agreement"] = agreement(record["test"], taught, several)
         write_metrics(record)
     show(records)
 

@@ -25,12 +25,12 @@ FORMAT = 1  # of a checkpoint; a reader that meets a higher number says so inste
 # size. Where the film is smaller they are left out: InceptionV3's window is 5x5 at 299 / 17 and
 # does not fit below 299; GoogLeNet's pools to 4x4 at 1/16, so below 64 it would invent pixels.
 AUX_MIN_SIZE = {"inception_v3": 299, "googlenet": 64}
+AUX_NAMES = ("AuxLogits.", "aux1.", "aux2.")
 AUX_WEIGHT = {"inception_v3": 0.4, "googlenet": 0.3}  # in the loss, from the networks' own papers
-OURS = {}  # networks that torchvision lacks: name -> function(num_classes=1000)
 
 
 def architectures():
-    return sorted([*OURS, *torchvision.models.list_models(module=torchvision.models)])
+    return torchvision.models.list_models(module=torchvision.models)
 
 
 def bare_network(arch, aux):
@@ -40,11 +40,9 @@ def bare_network(arch, aux):
     seconds, and such large weights in front of BatchNorm learn slowly: from scratch at the same learning
     rate they were far behind torch's own initialisation, so that one is used.
     """
-    if arch in OURS:
-        return OURS[arch]()
     if arch not in architectures():
-        raise UserError(f"--arch needs one of our networks or torchvision's, got '{arch}': "
-                        f"{', '.join(architectures())}")  # fmt: skip
+        raise UserError(f"--arch needs one of torchvision's classifiers, got '{arch}': "
+                        f"{', '.join(architectures())}")
     options = {"aux_logits": aux, "init_weights": False} if arch in AUX_MIN_SIZE else {}
     return torchvision.models.get_model(arch, weights=None, **options)
 
@@ -77,7 +75,7 @@ def build(arch, num_classes, size=None, weights="none"):
         if hasattr(model, "transform_input"):  # Inception and GoogLeNet learned on (x - 0.5) / 0.5
             model.transform_input = True
     elif weights != "none":
-        state = read_weights(weights)
+        state = read_weights(checkpoint_file(weights))
         facts = state.get("facts", {}) if "model" in state else {}
         load_body(model, state.get("model", state), arch, source=weights)
         if "transform_input" in facts:
@@ -126,26 +124,31 @@ def refuse_impossible_size(model, arch, size):
 def read_weights(path):
     """Tensors and plain values only: with weights_only a file cannot run code while it is read."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"weights needed at {path}, found no such file: check the path") from None
     except Exception as error:  # torch.load fails in many ways, and says much: its first line is enough
         why = (str(error) or "it ends too soon").splitlines()[0][:80]
         raise UserError(f"{path} is not a readable file of weights, it may be damaged or come from another "
                         f"program ({why}): train or fetch it anew") from None
+    if not isinstance(content, dict):
+        raise UserError(f"named tensors needed in {path}, found a {type(content).__name__}: give another")
+    return content
 
 
 def load_body(model, state, arch, source="torchvision's file"):
     """Load everything but the heads, which are about to be replaced."""
     skip = tuple(f"{name}." for name in heads(model))
-    aux = ("AuxLogits.", "aux1.", "aux2.")  # in the file, perhaps not in this network, or reversed
+    # What may be in the file alone, or in the network alone: auxiliary heads, and a counter of batches
+    # that files older than BatchNorm's present form lack.
+    optional = (*skip, *AUX_NAMES)
     if "densenet" in arch:  # torchvision's files still say norm.1 where the code says norm1
         state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", k): v for k, v in state.items()}
     state = {name: value for name, value in state.items() if not name.startswith(skip)}
     own = model.state_dict()
     wrong = [name for name, value in state.items() if name in own and value.shape != own[name].shape]
-    wrong += [name for name in state if name not in own and not name.startswith(aux)]
-    wrong += [n for n in own if n not in state and not n.startswith((*skip, *aux)) and ".se." not in n]
+    differing = {name for name in own.keys() ^ state.keys() if not name.startswith(optional)}
+    wrong += [name for name in differing if not name.endswith("num_batches_tracked")]
     if wrong:
         raise UserError(f"{source} does not hold the weights of {arch}: {len(wrong)} names or shapes "
                         f"differ, {wrong[0]} for one; give the file that belongs to this --arch")  # fmt: skip
@@ -158,8 +161,7 @@ def imagenet_file(arch):
     torchvision compares a file with the hash in its name only while downloading; a file that was put
     there by hand, or truncated since, it would load unasked.
     """
-    pretrained = arch.replace("seresnet", "resnet")  # SE blocks start fresh in a ResNet's weights
-    kinds = torchvision.models.get_model_weights(pretrained)
+    kinds = torchvision.models.get_model_weights(arch)
     url = getattr(kinds, "IMAGENET1K_V1", kinds.DEFAULT).url
     name = os.path.basename(urlparse(url).path)
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
@@ -168,7 +170,7 @@ def imagenet_file(arch):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=wanted)
-        except (URLError, OSError) as error:
+        except (URLError, OSError, RuntimeError) as error:  # RuntimeError: it came with another hash
             raise UserError(f"ImageNet weights of {arch} needed, {url} could not be fetched ({error}): "
                             f"put the file at {path}, or start from --weights none") from None
     found = file_hash(path)
@@ -187,7 +189,7 @@ def forward(model, images):
     """logits (B, C) and a list of the auxiliary heads' logits (empty in eval mode, and mostly)."""
     out = model(images)
     if isinstance(out, torch.Tensor):
-        return out, []
+        return out.flatten(1), []  # SqueezeNet ends in 1x1 maps
     return out[0], [aux for aux in out[1:] if aux is not None]
 
 
@@ -205,6 +207,9 @@ def split(model, finetune):
     whole_block = isinstance(block, nn.Sequential) and (finetune == "fc" or block[-1] is not head)
     tail = block if whole_block else head  # in SqueezeNet pooling follows the head: part of the tail
     model.requires_grad_(False).eval()
+    for layer in tail.modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()  # document A: "initialised anew", all three of AlexNet's
     return tail.requires_grad_(True)
 
 
@@ -224,7 +229,7 @@ def frozen_hash(model):
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     digest = hashlib.sha256(str(model.facts["transform_input"]).encode())
     for name, value in model.state_dict().items():
-        if name not in learning:
+        if name not in learning and not name.startswith(AUX_NAMES):  # which do not run in eval mode
             digest.update(value.cpu().contiguous().numpy())
     return digest.hexdigest()
 

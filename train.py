@@ -22,8 +22,8 @@ import torch
 
 from data import (
     UserError,
+    add_device_flag,
     atomic,
-    default_device,
     load,
     prepare,
     progress,
@@ -36,6 +36,7 @@ from evaluate import metrics, predict
 from kd import distillation_loss, label_loss, mean_teacher
 from models import (
     AUX_WEIGHT,
+    architectures,
     build,
     checkpoint_file,
     features,
@@ -75,12 +76,12 @@ RECIPES = {  # RECIPES[name][role]: flag -> value
 # ---- the loop ---------------------------------------------------------------------------------------
 
 
-def batches(n, batch_size, generator):
-    """A shuffled pass over n films, as a list of index tensors.
+def batches(n, batch_size, generator, device="cpu"):
+    """A shuffled pass over n films, as a list of index tensors on the device.
 
     A last batch of one joins the one before it: BatchNorm cannot take a variance over a single film.
     """
-    parts = list(torch.randperm(n, generator=generator).split(batch_size))
+    parts = list(torch.randperm(n, generator=generator).to(device).split(batch_size))
     if len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts
@@ -139,13 +140,19 @@ def accuracy(logits, labels):
 
 def films(images, device, theta=None):
     """view(index): those films as a network reads them, moved by their affine matrices if there are any."""
-    return lambda index: prepare(images[index], device, None if theta is None else theta[index])
+    theta = None if theta is None else theta.to(device)
+
+    def view(index):
+        moved = None if theta is None else theta[index.to(device)]
+        return prepare(images[index.to(images.device)], device, moved)
+
+    return view
 
 
 def rows(table, device):
     """view(index): rows of a table made beforehand, of features or of a teacher's logits."""
     table = resident(table, device)
-    return lambda index: table[index].to(device).float()
+    return lambda index: table[index.to(table.device)].to(device).float()
 
 
 def through_frozen(model, tail, view):
@@ -170,7 +177,11 @@ def tabulate(args, name, facts, view, n, dtype=np.float32):
 
     def fill(array):
         for index in progress(torch.arange(n).split(64), name):
-            array[index.numpy()] = view(index).float().cpu().numpy()
+            values = view(index).float().cpu().numpy().astype(dtype)
+            if not np.isfinite(values).all():
+                raise UserError(f"finite {name} needed, found NaN or infinity: the network behind it "
+                                f"diverged, or it does not fit {np.dtype(dtype)}; use other weights")
+            array[index.numpy()] = values
 
     shape = (n, *view(torch.arange(1)).shape[1:])
     return table(args.cache, name, facts, shape, dtype, fill)
@@ -198,15 +209,14 @@ def make_views(args, data, model, tail, device):
     return lambda theta: tables["train"], tables["val"]
 
 
-def make_teacher(args, data, device):
+def make_teacher(args, teachers, data, device):
     """teacher(theta) gives an epoch's function from an index to the teacher's logits for those films.
 
     Without augmentation a teacher says the same of a film at every epoch and for every temperature: it
     is asked once, and its logits are a table. Several teachers speak with one voice, their mean.
     """
-    teachers = [check_teacher(path, args, data) for path in args.teacher]
     views, tables = [], []
-    for path, model, facts in teachers:
+    for model, facts, digest in teachers:
         model.to(device, memory_format=torch.channels_last)
         same_films = data.train
         if facts["size"] != args.size:
@@ -215,7 +225,7 @@ def make_teacher(args, data, device):
         ask = lambda view, model=model: lambda index: forward(model, view(index))[0]  # noqa: E731
         views.append(lambda theta, ask=ask, images=images: ask(films(images, device, theta)))
         if not args.augment:
-            key = [file_hash(checkpoint_file(path)), same_films.fingerprint, facts["size"]]
+            key = [digest, same_films.fingerprint, facts["size"]]
             with torch.no_grad():
                 tables.append(tabulate(args, "teacher", key, views[-1](None), len(data.train.labels)))
     if tables:
@@ -229,8 +239,8 @@ def make_teacher(args, data, device):
     return live
 
 
-def check_teacher(path, args, data):
-    """(path, model, facts), unless something about it would make the student's result a lie."""
+def load_teacher(path, data):
+    """(model, facts, hash of its file), unless something about it would make the student's result a lie."""
     model, facts = load_checkpoint(path)
     if facts["classes"] != data.classes:
         raise UserError(
@@ -244,7 +254,7 @@ def check_teacher(path, args, data):
         )
     print(f"taught by {path}: {facts['arch']} at {facts['size']} px, epoch {facts['epoch']}, "
           f"validation accuracy {100 * mean(facts['validation']['accuracy']):.1f} %")
-    return path, model, facts
+    return model, facts, file_hash(checkpoint_file(path))
 
 
 def mean(value):
@@ -265,12 +275,15 @@ def make_optimizer(args, parameters):
     return torch.optim.SGD(parameters, args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
 
 
-def resume(args, model, optimizer):
+def resume(args, now, model, optimizer):
     """The history so far: empty for a new run; otherwise weights and optimiser are put back as they were."""
     path = Path(args.out) / "last.pt"
     if not path.exists():
         return []
     saved, facts = load_checkpoint(path)
+    for what in ("films", "teachers"):
+        if facts[what] != now[what]:
+            raise UserError(f"{args.out} was begun with other {what}: choose another --out, or remove it")
     ours, theirs = vars(args), facts["args"]
     changed = [k for k in ours if k not in ("device", "cache", "out") and ours[k] != theirs.get(k)]
     if changed:
@@ -282,33 +295,33 @@ def resume(args, model, optimizer):
 
 
 def save(args, model, optimizer, history, best, facts):
-    """best.pt before last.pt: killed between the two, the run repeats this epoch and writes both again."""
-    out = Path(args.out)
+    """last.pt comes last: killed before it, the run repeats this epoch and writes all three again."""
+    out, facts = Path(args.out), {**facts, "epoch": len(history)}
     if best:
-        save_checkpoint(out / "best.pt", model, epoch=len(history), **facts)
-    save_checkpoint(out / "last.pt", model, epoch=len(history), history=history,
-                    optimizer=optimizer.state_dict(), **facts)
-    save_history(out / "history.csv", history)
-
-
-def save_history(path, history):
-    with atomic(path) as part, open(part, "w", newline="") as file:
+        save_checkpoint(out / "best.pt", model, **facts)
+    with atomic(out / "history.csv") as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, history[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
+    save_checkpoint(out / "last.pt", model, **facts, history=history, optimizer=optimizer.state_dict())
 
 
 def train(args):
     device = torch.device(args.device)
     data = load_films(args, args.size, ["train", "val"])
     n, labels = len(data.train.labels), data.train.labels.to(device)
+    teachers = [load_teacher(path, data) for path in args.teacher or []]
+    facts = {"args": vars(args), "classes": data.classes, "multilabel": data.multilabel,
+             "train_groups": sorted(set(data.train.groups)), "provenance": provenance(),
+             "films": [data.train.fingerprint, data.val.fingerprint],
+             "teachers": [digest for _, _, digest in teachers]}  # fmt: skip
 
     torch.manual_seed(args.seed)
     model = build(args.arch, len(data.classes), args.size, args.weights)
     model.to(device, memory_format=torch.channels_last)
     tail = split(model, args.finetune)  # the part that learns: all of it, or its end
     optimizer = make_optimizer(args, tail.parameters())
-    history = resume(args, model, optimizer)
+    history = resume(args, facts, model, optimizer)
     if len(history) == args.epochs:
         return print(f"{args.out} is finished, {args.epochs} epochs: evaluate it, or choose another --out")
 
@@ -317,9 +330,7 @@ def train(args):
     if history:
         print(f"going on after epoch {len(history)}")
     view, val_view = make_views(args, data, model, tail, device)
-    teacher = make_teacher(args, data, device) if args.teacher else lambda theta: None
-    facts = {"args": vars(args), "classes": data.classes, "multilabel": data.multilabel,
-             "train_groups": sorted(set(data.train.groups)), "provenance": provenance()}  # fmt: skip
+    teacher = make_teacher(args, teachers, data, device) if teachers else lambda theta: None
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         # Every random choice of an epoch follows from seed and epoch: a run can go on from any of them.
@@ -329,12 +340,12 @@ def train(args):
         lr = args.lr * args.lr_gamma ** ((epoch - 1) // args.lr_step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        parts = progress(batches(n, args.batch_size, generator), f"epoch {epoch:>2}/{args.epochs}")
+        parts = progress(batches(n, args.batch_size, generator, device), f"epoch {epoch:>2}/{args.epochs}")
         start = time.perf_counter()
         row = train_one_epoch(
             tail, view(theta), labels, parts, optimizer, teacher(theta), args.T, args.alpha,
             args.label_smoothing, AUX_WEIGHT.get(args.arch, 0.0), args.clip,
-            amp=args.amp and device.type == "cuda",  # without bfloat16 hardware it is far slower than float32
+            amp=args.amp and device.type == "cuda",  # on most CPUs bfloat16 is far slower than float32
         )  # fmt: skip
         seconds = time.perf_counter() - start
         if not math.isfinite(row["loss"]):
@@ -402,13 +413,16 @@ def run_name(p, args):
 
 def check(p, args):
     """Mistakes that the command line alone gives away: exit code 2, before anything is read or written."""
-    for flag in ("T", "lr", "epochs", "size", "lr_step"):
-        if not getattr(args, flag) > 0:
-            p.error(f"--{flag.replace('_', '-')} must be above 0, got {getattr(args, flag)}")
+    above = {"T": 0, "lr": 0, "epochs": 0, "size": 0, "lr_step": 0, "lr_gamma": 0, "per_class": 0, "seed": -1,
+             "batch_size": 1, "momentum": -1e-9, "weight_decay": -1e-9, "clip": -1e-9}  # fmt: skip
+    for flag, floor in above.items():
+        value = getattr(args, flag)
+        if value is not None and not floor < value < 1e9:
+            p.error(f"--{flag.replace('_', '-')} must be a number above {floor:.0f}, got {value}")
     if not 0 <= args.alpha <= 1:
         p.error(f"--alpha mixes labels (0) and teacher (1), so it must lie in [0, 1], got {args.alpha}")
-    if args.batch_size < 2:
-        p.error(f"--batch-size must be at least 2 for BatchNorm, got {args.batch_size}")
+    if args.arch not in architectures():
+        p.error(f"--arch needs one of {', '.join(architectures())}; got {args.arch}")
     if not 0 < args.val_fraction < 1 or not 0 <= args.label_smoothing < 1:
         p.error("--val-fraction must lie between 0 and 1, and --label-smoothing from 0 to below 1")
     if args.teacher and args.role != "student":
@@ -459,7 +473,7 @@ def get_args(argv=None):
 
     g = p.add_argument_group("machine")
     g.add_argument("--seed", type=int, default=0, help="of weights, order, dropout and augmentation")
-    g.add_argument("--device", default=default_device(), help="cpu, cuda or cuda:N")
+    add_device_flag(g)
     g.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 on a GPU")
     g.add_argument("--cache", default="cache", help="folder of decoded films and tables; may be deleted")
 

@@ -1,13 +1,16 @@
 """Small films and small networks: every test runs the real code on miniatures made here."""
 
+import os
 import zlib
 
-import pytest
-import torch
-from torchvision.io import write_jpeg, write_png
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits are compared here, and only a CPU's repeat to the last one
 
-import data
-import train
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torchvision.io import write_jpeg, write_png  # noqa: E402
+
+import data  # noqa: E402
+import train  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

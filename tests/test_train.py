@@ -254,6 +254,16 @@ def test_a_finished_run_started_again_says_so_and_touches_nothing(few_phantoms, 
     assert before == {p.name: p.stat().st_mtime_ns for p in Path(args.out).iterdir()}
 
 
+def test_a_run_does_not_go_on_with_another_teacher_than_it_was_begun_with(few_phantoms):
+    fit("--out", "teacher")
+    fit("--teacher", "teacher", "--out", "student", role="student")
+    for file in Path("teacher").iterdir():
+        file.unlink()
+    fit("--out", "teacher", "--seed", "1")
+    with pytest.raises(data.UserError, match="begun with other teachers"):
+        fit("--teacher", "teacher", "--out", "student", role="student")
+
+
 def test_changed_flags_against_an_existing_run_are_named(few_phantoms):
     fit("--out", "run")
     with pytest.raises(data.UserError, match=r"--lr 0.01 \(now 0.02\)"):
@@ -261,6 +271,10 @@ def test_changed_flags_against_an_existing_run_are_named(few_phantoms):
 
 
 # ---- teachers
+
+
+def teacher_of(args, films):
+    return train.make_teacher(args, [train.load_teacher(path, films) for path in args.teacher], films, CPU)
 
 
 def test_six_temperatures_ask_the_teacher_once(few_phantoms, monkeypatch):
@@ -275,10 +289,10 @@ def test_six_temperatures_ask_the_teacher_once(few_phantoms, monkeypatch):
 
 
 def test_the_teachers_table_holds_what_the_teacher_says_of_each_film_at_its_own_size(few_phantoms):
-    fit("--out", "teacher", "--size", "48")
+    fit("--out", "teacher", "--size", "48", "--arch", "shufflenet_v2_x0_5")
     args = fit("--teacher", "teacher", role="student")
     films = data.load("phantoms", 32)
-    teacher = train.make_teacher(args, films, CPU)(None)
+    teacher = teacher_of(args, films)(None)
     model, _ = models.load_checkpoint("teacher")
     large = data.load("phantoms", 48).train
     assert large.ids == films.train.ids
@@ -299,15 +313,15 @@ def test_under_augmentation_the_teacher_is_asked_about_the_very_view_the_student
     seen = []
     real = train.forward
     monkeypatch.setattr(train, "forward", lambda model, x: (seen.append(x), real(model, x))[1])
-    train.make_teacher(args, films, CPU)(theta)(index)
+    teacher_of(args, films)(theta)(index)
     assert torch.equal(seen[0], train.films(films.train.images, CPU, theta)(index))
     assert not torch.equal(seen[0], train.films(films.train.images, CPU)(index))
 
 
-def test_a_student_distilled_from_a_teacher_agrees_with_it_more_than_a_baseline_does(
+def test_a_student_learns_what_its_teacher_says_even_where_the_labels_say_otherwise(
     few_phantoms, monkeypatch
 ):
-    """The check, end to end, that distillation happens: the teacher here says the opposite of the labels."""
+    """The check, end to end, that distillation happens: this teacher calls everything NORMAL."""
     monkeypatch.setattr(data, "PHANTOMS", {"train": (64, 11), "val": (16, 12), "test": (16, 13)})
     fit("--out", "teacher", "--epochs", "1")
     model, facts = models.load_checkpoint("teacher")
@@ -327,11 +341,11 @@ def test_several_teachers_teach_their_mean(few_phantoms):
     fit("--out", "b", "--seed", "1")
     args = fit("--teacher", "a", "b", "--T", "2", role="student")
     films = data.load("phantoms", 32)
-    both = train.make_teacher(args, films, CPU)(None)(torch.arange(24))
+    both = teacher_of(args, films)(None)(torch.arange(24))
     alone = []
     for name in ("a", "b"):
         args.teacher = [name]
-        alone.append((train.make_teacher(args, films, CPU)(None)(torch.arange(24)) / 2).softmax(1))
+        alone.append((teacher_of(args, films)(None)(torch.arange(24)) / 2).softmax(1))
     assert torch.allclose((both / 2).softmax(1), (alone[0] + alone[1]) / 2, atol=1e-6)
 
 
@@ -390,6 +404,24 @@ def test_a_frozen_network_is_run_once_over_the_films_and_then_its_features_are_r
     assert len(runs) == 6  # the second run reads the tables, but for their shapes
 
 
+def test_a_table_that_float16_cannot_hold_is_refused(tmp_path):
+    args = train.argparse.Namespace(cache=str(tmp_path))
+    with pytest.raises(data.UserError, match="finite features needed.*float16"):
+        huge = lambda index: torch.full((len(index), 3), 1e5)  # noqa: E731
+        train.tabulate(args, "features", [], huge, 4, train.np.float16)
+
+
+def test_document_as_way_starts_all_fully_connected_layers_anew(few_phantoms):
+    torch.manual_seed(1)
+    models.save_checkpoint("w.pt", models.build("alexnet", 2, 64))
+    model = models.build("alexnet", 2, 64, "w.pt")
+    old = {k: v.clone() for k, v in model.state_dict().items()}
+    models.split(model, "fc")
+    changed = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, old[k])}
+    same = {k.split(".")[0] for k, v in model.state_dict().items() if torch.equal(v, old[k])}
+    assert (changed, same) == ({"classifier"}, {"features"})
+
+
 def test_training_on_features_is_training_on_films_with_the_rest_frozen(pretrained):
     by_table = fit(*pretrained, "--finetune", "head", "--out", "table")
     films = data.load("phantoms", 32)
@@ -422,14 +454,19 @@ def say(*argv):
 @pytest.mark.parametrize("flags, says", [
     (["--role", "pupil"], "invalid choice"),
     (["--role", "student", "--alpha", "1.5"], "--alpha mixes labels (0) and teacher (1)"),
-    (["--role", "student", "--T", "0"], "--T must be above 0"),
-    (["--role", "student", "--T", "nan"], "--T must be above 0"),
-    (["--role", "teacher", "--batch-size", "1"], "--batch-size must be at least 2"),
+    (["--role", "student", "--T", "0"], "--T must be a number above 0"),
+    (["--role", "student", "--T", "nan"], "--T must be a number above 0"),
+    (["--role", "teacher", "--batch-size", "1"], "--batch-size must be a number above 1"),
     (["--role", "teacher", "--teacher", "x"], "--teacher belongs to --role student"),
     (["--role", "teacher", "--finetune", "head"], "would freeze random ones"),
     (["--role", "student", "--label-smoothing", "0.1"], "--role baseline"),
-    (["--role", "teacher", "--epochs", "0"], "--epochs must be above 0"),
+    (["--role", "teacher", "--epochs", "0"], "--epochs must be a number above 0"),
     (["--role", "teacher", "--no-such-flag"], "unrecognized"),
+    (["--role", "teacher", "--arch", "alexnett"], "alexnet, "),
+    (["--role", "teacher", "--device", "cuda"], "cuda cannot be used here"),
+    (["--role", "teacher", "--per-class", "0"], "--per-class must be a number above 0"),
+    (["--role", "teacher", "--clip", "-1"], "--clip must be"),
+    (["--role", "student", "--T", "inf"], "--T must be"),
 ])  # fmt: skip
 def test_a_wrong_command_line_is_explained_with_exit_code_2(flags, says, capsys):
     with pytest.raises(SystemExit) as end:

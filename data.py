@@ -11,6 +11,7 @@ of the training films by patient and depends on nothing but patients' names, nev
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -85,25 +86,21 @@ def table(folder, name, facts, shape, dtype, fill):
 
     Its file is named after the facts that it was made from, so one made from others is never read.
     """
-    path = Path(folder) / f"{name}-{fingerprint(VERSION, facts)}.npy"
-    try:
-        array = np.load(path, mmap_mode="c")  # copy-on-write: pages are read when they are indexed
-        if array.shape == tuple(shape) and array.dtype == dtype:
-            return torch.from_numpy(array)
-        raise ValueError("it holds something else")
-    except FileNotFoundError:
-        pass
-    except (ValueError, EOFError) as error:
-        print(f"{path} is damaged ({error}): made again", file=sys.stderr)
-    with atomic(path) as part:
-        array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=tuple(shape))
-        fill(array)
-        array.flush()
-        del array
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    path = Path(folder) / f"{name}-{fingerprint(VERSION, facts, shape, np.dtype(dtype))}.npy"
+    for _ in range(2):  # as it is, or as it is after it was made
+        try:
+            return torch.from_numpy(np.load(path, mmap_mode="c"))  # pages are read when they are indexed
+        except FileNotFoundError:
+            pass
+        except (ValueError, EOFError) as error:
+            print(f"{path} is damaged ({error}): made again", file=sys.stderr)
+        with atomic(path) as part:
+            array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
+            fill(array)
+            array.flush()
 
 
-def add_device_flag(parser):
+def device_flag(parser):
     def device(name):
         try:
             torch.empty(0, device=name)
@@ -116,7 +113,7 @@ def add_device_flag(parser):
     parser.add_argument("--device", type=device, default=default, help="cpu, cuda or cuda:N")
 
 
-def provenance():
+def origin():
     """What a number came from: command, commit, versions and machine."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -373,6 +370,13 @@ def load_split(films, part, source, size, cache):
     return split
 
 
+@functools.cache
+def normalisation(device):
+    """shift and scale that turn bytes into ImageNet-normalised floats; put on the device once."""
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    return (-mean / std).to(device), (1 / (255 * std)).to(device)
+
+
 def prepare(images, device, theta=None):
     """uint8 films (B, 1, H, W) -> what networks read, (B, 3, H, W) floats, normalised, on the device.
 
@@ -382,10 +386,9 @@ def prepare(images, device, theta=None):
     if theta is not None:
         grid = F.affine_grid(theta.to(device).double(), x.shape, align_corners=False)
         x = F.grid_sample(x, grid.float(), align_corners=False)  # double: autocast would take 8 bits
-    std = torch.tensor(STD, device=device)
+    shift, scale = normalisation(device)
     # Channels last from the start, in one pass: convolutions run up to twice as fast on such tensors.
-    x = torch.addcmul(-torch.tensor(MEAN, device=device) / std, x.permute(0, 2, 3, 1), 1 / (255 * std))
-    return x.permute(0, 3, 1, 2)
+    return torch.addcmul(shift, x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
 
 
 def random_affine(n, generator):
@@ -420,24 +423,20 @@ def audit(source, classes=None):
     print(f"films whose name tells no patient, each taken for one: {sum(f.group == f.id for f in films)}")
 
     def look(f):
-        digest = hashlib.sha256(f.path.read_bytes()).hexdigest()
-        return digest, *decode_image(str(f.path), ImageReadMode.GRAY).shape[1:]
+        decode_image(str(f.path))
+        return hashlib.sha256(f.path.read_bytes()).hexdigest()
 
-    bad, copies, shapes = [], {}, []
+    bad, copies = [], {}
     for f, result in zip(films, on_all_cores(look, films, "reading"), strict=True):
         if isinstance(result, Exception):
             bad.append(f"\n  {f.path}: {str(result).splitlines()[0]}")
         else:
-            copies.setdefault(result[0], []).append(f)
-            shapes.append(result[1:])
+            copies.setdefault(result, []).append(f)
     print(f"unreadable files: {len(bad)}" + "".join(bad))
     copies = [same for same in copies.values() if len(same) > 1]
     across = sum(len({f.part for f in same}) > 1 for same in copies)
     print(f"exact copies of another film: {sum(len(same) - 1 for same in copies)}, "
           f"of them across train and test: {across}")
-    for i, side in enumerate(("height", "width")):
-        values = [shape[i] for shape in shapes] or [0]
-        print(f"{side} from {min(values)} to {max(values)} pixels")
 
 
 def download(folder, url, sha256):

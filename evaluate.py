@@ -16,7 +16,7 @@ import re
 
 import torch
 
-from data import UserError, add_device_flag, atomic, load, prepare, provenance, run
+from data import UserError, atomic, device_flag, load, origin, prepare, run
 from kd import mean_teacher
 from models import checkpoint_file, forward, load_checkpoint
 
@@ -238,11 +238,16 @@ def agreement(a, b, multilabel):
     return (calls[0] == calls[1]).double().mean().item()
 
 
-def write_metrics(record):
-    """metrics.json in the run's folder: every figure, and where it came from."""
+def write_json(path, content):
+    with atomic(path) as part:
+        part.write_text(json.dumps(content, indent=1))
+
+
+def figures(record):
+    """What goes into metrics.json: every figure of a run, and where it came from."""
     at = {name: {k: v for k, v in a.items() if k != "samples"} for name, a in record["at"].items()}
     data = record["data"]
-    content = {
+    return {
         "test": at,
         "validation": metrics(record["val"], data.val.labels, data.classes),
         "agreement_with_teacher": record.get("agreement"),
@@ -252,10 +257,8 @@ def write_metrics(record):
         "trained_by": record["facts"]["provenance"],
         "args": record["args"],
         "epoch": record["facts"]["epoch"],
-        "judged_by": provenance(),
+        "judged_by": origin(),
     }
-    with atomic(record["folder"] / "metrics.json") as part:
-        part.write_text(json.dumps(content, indent=1))
 
 
 # ---- tables -----------------------------------------------------------------------------------------
@@ -351,7 +354,8 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
     p.add_argument("--data", help="where the films are, if no longer where they were in training")
-    add_device_flag(p)
+    device_flag(p)
+    p.add_argument("--json", metavar="FILE", help="every run's metrics in one file, to keep")
     return p.parse_args(argv)
 
 
@@ -371,8 +375,10 @@ def main(argv=None):
                 several, logits = record["data"].multilabel, [teacher["test"] for teacher in theirs]
                 taught = mean_teacher(logits, record["args"]["T"], several)
                 record["agreement"] = agreement(record["test"], taught, several)
-        write_metrics(record)
+        write_json(record["folder"] / "metrics.json", figures(record))
     show(records)
+    if args.json:
+        write_json(args.json, {str(record["folder"]): figures(record) for record in records})
 
 
 if __name__ == "__main__":

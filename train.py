@@ -20,33 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import (
-    UserError,
-    add_device_flag,
-    atomic,
-    load,
-    prepare,
-    progress,
-    provenance,
-    random_affine,
-    run,
-    table,
-)
+import models
+from data import UserError, atomic, device_flag, load, origin, prepare, progress, random_affine, run, table
 from evaluate import metrics, predict
 from kd import distillation_loss, label_loss, mean_teacher
-from models import (
-    AUX_WEIGHT,
-    architectures,
-    build,
-    checkpoint_file,
-    features,
-    file_hash,
-    forward,
-    frozen_hash,
-    load_checkpoint,
-    save_checkpoint,
-    split,
-)
+from models import forward
 
 
 def recipe(both, teacher, student):
@@ -57,7 +35,7 @@ RECIPES = {  # RECIPES[name][role]: flag -> value
     "demo": recipe(
         dict(data="phantoms", clip=1.0, batch_size=16, lr_gamma=0.2),
         teacher=dict(arch="inception_v3", size=112, epochs=8, lr=0.02, lr_step=5),
-        student=dict(arch="alexnet", size=80, per_class=40, epochs=24, lr=0.03, lr_step=16),
+        student=dict(arch="alexnet", size=80, per_class=20, epochs=40, lr=0.03, lr_step=27),
     ),
     # Document A, arXiv 2406.08837. It does not state batch size, epochs, momentum or alpha: ours.
     "pneumonia": recipe(
@@ -135,34 +113,7 @@ def accuracy(logits, labels):
     return ((logits > 0) == (labels > 0.5))[~labels.isnan()].float().mean()
 
 
-# ---- what the loop is fed -------------------------------------------------------------------------------
-
-
-def films(images, device, theta=None):
-    """view(index): those films as a network reads them, moved by their affine matrices if there are any."""
-    theta = None if theta is None else theta.to(device)
-
-    def view(index):
-        moved = None if theta is None else theta[index.to(device)]
-        return prepare(images[index.to(images.device)], device, moved)
-
-    return view
-
-
-def rows(table, device):
-    """view(index): rows of a table made beforehand, of features or of a teacher's logits."""
-    table = resident(table, device)
-    return lambda index: table[index.to(table.device)].to(device).float()
-
-
-def through_frozen(model, tail, view):
-    """view(index): those films as they reach the tail, after the frozen rest of the network."""
-
-    def reach(index):
-        with torch.no_grad():
-            return features(model, tail, view(index))
-
-    return reach
+# ---- what the loop is fed ---------------------------------------------------------------------------
 
 
 def resident(tensor, device):
@@ -172,76 +123,60 @@ def resident(tensor, device):
     return tensor
 
 
+def films(images, device, theta=None):
+    """view(index): those films as a network reads them, moved by their affine matrices if there are any."""
+
+    def view(index):
+        moved = None if theta is None else theta[index.to(theta.device)]
+        return prepare(images[index.to(images.device)], device, moved)
+
+    return view
+
+
+def reaching(model, tail, view):
+    """view(index): those films as they reach the tail, behind the frozen rest of the network."""
+    return torch.no_grad()(lambda index: models.features(model, tail, view(index)))
+
+
+def asked(model, view):
+    """view(index): what a teacher says of those films, its logits."""
+    return torch.no_grad()(lambda index: forward(model, view(index))[0])
+
+
+def rows(table, device):
+    """view(index): rows of a table made beforehand, of features or of logits."""
+    table = resident(table, device)
+    return lambda index: table[index.to(table.device)].to(device).float()
+
+
 def tabulate(args, name, facts, view, n, dtype=np.float32):
-    """view(index) of all n films, computed once and kept in the cache: a table like the images."""
+    """view(index) of all n films, computed once and kept in the cache: a table like the images.
+
+    Without augmentation a frozen network, be it a teacher or the student's own body, says the same of a
+    film in every epoch, at every temperature and for every seed: it is asked once.
+    """
 
     def fill(array):
         for index in progress(torch.arange(n).split(64), name):
             values = view(index).float().cpu().numpy().astype(dtype)
             if not np.isfinite(values).all():
                 raise UserError(f"finite {name} needed, found NaN or infinity: the network behind it "
-                                f"diverged, or it does not fit {np.dtype(dtype)}; use other weights")
+                                f"diverged, or they do not fit {np.dtype(dtype)}; use other weights")
             array[index.numpy()] = values
 
     shape = (n, *view(torch.arange(1)).shape[1:])
     return table(args.cache, name, facts, shape, dtype, fill)
 
 
-def make_views(args, data, model, tail, device):
-    """What the learning part reads: train(theta) gives an epoch's view of its films, val is one view.
-
-    A frozen network says the same of a film at every epoch, so it is asked once and its features kept;
-    only with --augment, where the films change, it runs again and again.
-    """
-    images = resident(data.train.images, device)
-    val = films(resident(data.val.images, device), device)
-    if tail is model:
-        return lambda theta: films(images, device, theta), val
-    val = through_frozen(model, tail, val)
-    if args.augment:
-        return lambda theta: through_frozen(model, tail, films(images, device, theta)), val
-    tables = {}
-    for part, view in (("train", through_frozen(model, tail, films(images, device))), ("val", val)):
-        split = getattr(data, part)
-        facts = [args.arch, args.size, args.finetune, frozen_hash(model), split.fingerprint]
-        table = tabulate(args, f"features-{part}", facts, view, len(split.labels), np.float16)
-        tables[part] = rows(table, device)
-    return lambda theta: tables["train"], tables["val"]
+def feature_table(args, model, tail, split, view):
+    """A table of what reaches the tail; float16, for VGG16 has 25,088 numbers a film."""
+    facts = [args.arch, args.size, args.finetune, models.frozen_hash(model), split.fingerprint]
+    return tabulate(args, "features", facts, reaching(model, tail, view), len(split.labels), np.float16)
 
 
-def make_teacher(args, teachers, data, device):
-    """teacher(theta) gives an epoch's function from an index to the teacher's logits for those films.
-
-    Without augmentation a teacher says the same of a film at every epoch and for every temperature: it
-    is asked once, and its logits are a table. Several teachers speak with one voice, their mean.
-    """
-    views, tables = [], []
-    for model, facts, digest in teachers:
-        model.to(device, memory_format=torch.channels_last)
-        same_films = data.train
-        if facts["size"] != args.size:
-            same_films = load_films(args, facts["size"], ["train"]).train
-        images = resident(same_films.images, device)
-        ask = lambda view, model=model: lambda index: forward(model, view(index))[0]  # noqa: E731
-        views.append(lambda theta, ask=ask, images=images: ask(films(images, device, theta)))
-        if not args.augment:
-            key = [digest, same_films.fingerprint, facts["size"]]
-            with torch.no_grad():
-                tables.append(tabulate(args, "teacher", key, views[-1](None), len(data.train.labels)))
-    if tables:
-        table = rows(mean_teacher(tables, args.T, data.multilabel), device)
-        return lambda theta: table
-
-    def live(theta):  # the same matrices as the student's: both look at the same view of a film
-        asks = [view(theta) for view in views]
-        return lambda index: mean_teacher([ask(index) for ask in asks], args.T, data.multilabel)
-
-    return live
-
-
-def load_teacher(path, data):
-    """(model, facts, hash of its file), unless something about it would make the student's result a lie."""
-    model, facts = load_checkpoint(path)
+def load_teacher(path, args, data, device):
+    """A teacher and its own films, unless something about it would make the student's result a lie."""
+    model, facts = models.load_checkpoint(path)
     if facts["classes"] != data.classes:
         raise UserError(
             f"teacher and student need the same classes in the same order; {path} knows {facts['classes']}, "
@@ -249,12 +184,28 @@ def load_teacher(path, data):
         )
     if set(facts["train_groups"]) & set(data.val.groups):
         raise UserError(
-            f"{path} was trained on patients whom this student is validated on: give both the same --data, "
-            f"--val-fraction, --per-class and --classes"
+            f"{path} was trained on patients whom this student is validated on: give both the same --data "
+            f"and --val-fraction"
         )
     print(f"taught by {path}: {facts['arch']} at {facts['size']} px, epoch {facts['epoch']}, "
           f"validation accuracy {100 * mean(facts['validation']['accuracy']):.1f} %")
-    return model, facts, file_hash(checkpoint_file(path))
+    split = data.train
+    if facts["size"] != args.size:
+        split = load_films(args, facts["size"], ["train"]).train  # the same rows, at the teacher's size
+    model.to(device, memory_format=torch.channels_last)
+    images, digest = resident(split.images, device), models.file_hash(models.checkpoint_file(path))
+    logits = None
+    if not args.augment:
+        key, view = [digest, facts["size"], split.fingerprint], asked(model, films(images, device))
+        logits = rows(tabulate(args, "teacher", key, view, len(split.labels)), device)
+    return {"model": model, "images": images, "hash": digest, "logits": logits}
+
+
+def make_teacher(teachers, args, multilabel, device, theta=None):
+    """teacher(index): logits from the teachers' tables, or live about the very view of a film that the
+    student has, moved by the same matrices. Several teachers speak with one voice, their mean."""
+    voices = [t["logits"] or asked(t["model"], films(t["images"], device, theta)) for t in teachers]
+    return lambda index: mean_teacher([voice(index) for voice in voices], args.T, multilabel)
 
 
 def mean(value):
@@ -262,7 +213,7 @@ def mean(value):
     return float(torch.as_tensor(value, dtype=torch.float64).nanmean())
 
 
-# ---- a run ------------------------------------------------------------------------------------------------
+# ---- a run ------------------------------------------------------------------------------------------
 
 
 def load_films(args, size, splits):
@@ -280,7 +231,7 @@ def resume(args, now, model, optimizer):
     path = Path(args.out) / "last.pt"
     if not path.exists():
         return []
-    saved, facts = load_checkpoint(path)
+    saved, facts = models.load_checkpoint(path)
     for what in ("films", "teachers"):
         if facts[what] != now[what]:
             raise UserError(f"{args.out} was begun with other {what}: choose another --out, or remove it")
@@ -298,53 +249,62 @@ def save(args, model, optimizer, history, best, facts):
     """last.pt comes last: killed before it, the run repeats this epoch and writes all three again."""
     out, facts = Path(args.out), {**facts, "epoch": len(history)}
     if best:
-        save_checkpoint(out / "best.pt", model, **facts)
+        models.save_checkpoint(out / "best.pt", model, **facts)
     with atomic(out / "history.csv") as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, history[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-    save_checkpoint(out / "last.pt", model, **facts, history=history, optimizer=optimizer.state_dict())
+    models.save_checkpoint(out / "last.pt", model, **facts, history=history, optimizer=optimizer.state_dict())
 
 
 def train(args):
     device = torch.device(args.device)
     data = load_films(args, args.size, ["train", "val"])
     n, labels = len(data.train.labels), data.train.labels.to(device)
-    teachers = [load_teacher(path, data) for path in args.teacher or []]
+    teachers = [load_teacher(path, args, data, device) for path in args.teacher or []]
     facts = {"args": vars(args), "classes": data.classes, "multilabel": data.multilabel,
-             "train_groups": sorted(set(data.train.groups)), "provenance": provenance(),
+             "train_groups": sorted(set(data.train.groups)), "provenance": origin(),
              "films": [data.train.fingerprint, data.val.fingerprint],
-             "teachers": [digest for _, _, digest in teachers]}  # fmt: skip
+             "teachers": [teacher["hash"] for teacher in teachers]}  # fmt: skip
 
     torch.manual_seed(args.seed)
-    model = build(args.arch, len(data.classes), args.size, args.weights)
+    model = models.build(args.arch, len(data.classes), args.size, args.weights)
     model.to(device, memory_format=torch.channels_last)
-    tail = split(model, args.finetune)  # the part that learns: all of it, or its end
+    tail = models.split(model, args.finetune)  # the part that learns: all of it, or its end
     optimizer = make_optimizer(args, tail.parameters())
     history = resume(args, facts, model, optimizer)
     if len(history) == args.epochs:
         return print(f"{args.out} is finished, {args.epochs} epochs: evaluate it, or choose another --out")
 
-    print(f"{args.role}: {args.arch} at {args.size} px, {millions(model)} M parameters, {millions(tail)} M "
-          f"learning; {n} training and {len(data.val.labels)} validation films of {args.data}; to {args.out}")
+    sizes = [f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M" for part in (model, tail)]
+    print(f"{args.role}: {args.arch} at {args.size} px, {sizes[0]} parameters, {sizes[1]} learning; "
+          f"{n} training and {len(data.val.labels)} validation films of {args.data}; to {args.out}")
     if history:
         print(f"going on after epoch {len(history)}")
-    view, val_view = make_views(args, data, model, tail, device)
-    teacher = make_teacher(args, teachers, data, device) if teachers else lambda theta: None
+    images, frozen = resident(data.train.images, device), None
+    val_view = films(resident(data.val.images, device), device)
+    if tail is not model:
+        val_view = rows(feature_table(args, model, tail, data.val, val_view), device)
+        if not args.augment:
+            frozen = rows(feature_table(args, model, tail, data.train, films(images, device)), device)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         # Every random choice of an epoch follows from seed and epoch: a run can go on from any of them.
         torch.manual_seed(1_000_003 * args.seed + epoch)
         generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch)
-        theta = random_affine(n, generator) if args.augment else None
+        theta = random_affine(n, generator).to(device) if args.augment else None
+        view = films(images, device, theta)
+        if tail is not model:
+            view = frozen or reaching(model, tail, view)
+        teacher = make_teacher(teachers, args, data.multilabel, device, theta) if teachers else None
         lr = args.lr * args.lr_gamma ** ((epoch - 1) // args.lr_step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         parts = progress(batches(n, args.batch_size, generator, device), f"epoch {epoch:>2}/{args.epochs}")
         start = time.perf_counter()
         row = train_one_epoch(
-            tail, view(theta), labels, parts, optimizer, teacher(theta), args.T, args.alpha,
-            args.label_smoothing, AUX_WEIGHT.get(args.arch, 0.0), args.clip,
+            tail, view, labels, parts, optimizer, teacher, args.T, args.alpha, args.label_smoothing,
+            models.AUX_WEIGHT.get(args.arch, 0.0), args.clip,
             amp=args.amp and device.type == "cuda",  # on most CPUs bfloat16 is far slower than float32
         )  # fmt: skip
         seconds = time.perf_counter() - start
@@ -353,46 +313,35 @@ def train(args):
                             f"--lr or set --clip 1; {args.out} keeps the epoch before")
         logits = predict(tail, val_view, len(data.val.labels))
         judged = metrics(logits, data.val.labels, data.classes)
-        row = {"epoch": epoch, **row, "val_loss": label_loss(logits, data.val.labels).item(),
-               **{f"val_{k}": mean(judged[k]) for k in ("accuracy", "specificity", "sensitivity", "auc")},
-               "lr": lr, "seconds": round(seconds, 2)}  # fmt: skip
+        row |= {"val_loss": label_loss(logits, data.val.labels).item()}
+        row |= {f"val_{k}": mean(judged[k]) for k in ("accuracy", "specificity", "sensitivity", "auc")}
+        row = {"epoch": epoch, **row, "lr": lr, "seconds": round(seconds, 2)}
         score = "val_auc" if data.multilabel else "val_accuracy"
         best = all((row[score], -row["val_loss"]) > (r[score], -r["val_loss"]) for r in history)
         history.append(row)
         save(args, model, optimizer, history, best, {**facts, "validation": judged})
-        print(describe(args, row, best), flush=True)
-    summarise(args, history)
-
-
-def millions(model):
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
-
-
-def describe(args, row, best):
-    kd = f" (hard {row['hard']:.3f}, soft {row['soft']:.3f})" if args.teacher else ""
-    return (
-        f"epoch {row['epoch']:>2}/{args.epochs}  loss {row['loss']:.3f}{kd}  "
-        f"val loss {row['val_loss']:.3f} acc {100 * row['val_accuracy']:.1f} "
-        f"spec {100 * row['val_specificity']:.1f} sens {100 * row['val_sensitivity']:.1f}  "
-        f"lr {row['lr']:.2g}  {row['seconds']:.1f} s{'  best' if best else ''}"
-    )
-
-
-def summarise(args, history):
+        print(describe(args, row) + ("  best" if best else ""), flush=True)
     print(f"best accuracy: train {100 * max(r['train_accuracy'] for r in history):.1f}, "
           f"validation {100 * max(r['val_accuracy'] for r in history):.1f}; lowest loss: train "
           f"{min(r['loss'] for r in history):.3f}, validation {min(r['val_loss'] for r in history):.3f}; "
           f"{sum(r['seconds'] for r in history):.0f} s of training; {args.out}/best.pt")  # fmt: skip
 
 
-# ---- the command line ------------------------------------------------------------------------------------
+def describe(args, row):
+    kd = f" (hard {row['hard']:.3f}, soft {row['soft']:.3f})" if args.teacher else ""
+    return (
+        f"epoch {row['epoch']:>2}/{args.epochs}  loss {row['loss']:.3f}{kd}  "
+        f"val loss {row['val_loss']:.3f} acc {100 * row['val_accuracy']:.1f} "
+        f"spec {100 * row['val_specificity']:.1f} sens {100 * row['val_sensitivity']:.1f}  "
+        f"lr {row['lr']:.2g}  {row['seconds']:.1f} s"
+    )
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults after every flag, and the description as it was typed."""
-
+# ---- the command line -------------------------------------------------------------------------------
 
 UNNAMED = ("role", "recipe", "data", "out", "T", "device", "cache", "amp")  # not in a run's name
+FLOORS = {"T": 0, "lr": 0, "epochs": 0, "size": 0, "lr_step": 0, "lr_gamma": 0, "per_class": 0, "seed": -1,
+          "batch_size": 1, "momentum": -1e-9, "weight_decay": -1e-9, "clip": -1e-9}  # fmt: skip
 
 
 def run_name(p, args):
@@ -403,28 +352,25 @@ def run_name(p, args):
             continue
         if flag == "teacher":
             name += "".join(f"-of-{Path(path).name}" for path in value)
-        elif flag == "weights":
-            name += f"-from-{Path(value).stem}"
+        elif flag in ("arch", "weights"):
+            name += f"-{Path(value).stem}"
         else:
-            name += "-" + (flag.replace("_", "") if value is True else value if flag == "arch" else
-                           flag.replace("_", "") + f"{value}")
+            name += "-" + flag.replace("_", "") + ("" if value is True else str(value))
     return name
 
 
 def check(p, args):
     """Mistakes that the command line alone gives away: exit code 2, before anything is read or written."""
-    above = {"T": 0, "lr": 0, "epochs": 0, "size": 0, "lr_step": 0, "lr_gamma": 0, "per_class": 0, "seed": -1,
-             "batch_size": 1, "momentum": -1e-9, "weight_decay": -1e-9, "clip": -1e-9}  # fmt: skip
-    for flag, floor in above.items():
+    for flag, floor in FLOORS.items():
         value = getattr(args, flag)
         if value is not None and not floor < value < 1e9:
             p.error(f"--{flag.replace('_', '-')} must be a number above {floor:.0f}, got {value}")
     if not 0 <= args.alpha <= 1:
         p.error(f"--alpha mixes labels (0) and teacher (1), so it must lie in [0, 1], got {args.alpha}")
-    if args.arch not in architectures():
-        p.error(f"--arch needs one of {', '.join(architectures())}; got {args.arch}")
     if not 0 < args.val_fraction < 1 or not 0 <= args.label_smoothing < 1:
         p.error("--val-fraction must lie between 0 and 1, and --label-smoothing from 0 to below 1")
+    if args.arch not in models.architectures():
+        p.error(f"--arch needs one of {', '.join(models.architectures())}; got {args.arch}")
     if args.teacher and args.role != "student":
         p.error(f"--teacher belongs to --role student; a {args.role} learns from labels alone")
     if args.label_smoothing and args.role == "student":
@@ -432,6 +378,10 @@ def check(p, args):
     if args.finetune != "all" and args.weights == "none":
         p.error(f"--finetune {args.finetune} with --weights none would freeze random ones: "
                 f"give --weights imagenet or a file, or --finetune all")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults after every flag, and the description as it was typed."""
 
 
 def get_args(argv=None):
@@ -473,7 +423,7 @@ def get_args(argv=None):
 
     g = p.add_argument_group("machine")
     g.add_argument("--seed", type=int, default=0, help="of weights, order, dropout and augmentation")
-    add_device_flag(g)
+    device_flag(g)
     g.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 on a GPU")
     g.add_argument("--cache", default="cache", help="folder of decoded films and tables; may be deleted")
 

@@ -181,7 +181,8 @@ def test_one_table_holds_the_floor_the_three_runs_their_agreement_and_the_paired
     three_runs, capsys
 ):
     capsys.readouterr()
-    evaluate.main(three_runs)
+    evaluate.main([*three_runs, "--json", "all.json"])
+    assert set(json.loads(open("all.json").read())) == set(three_runs)
     text = capsys.readouterr().out
     for wanted in ("| always NORMAL ", "| teacher (squeezenet1_1) ", "| baseline (", "| student (",
                    "student (squeezenet1_1) makes its teacher's call on", "16 test films",

@@ -274,7 +274,8 @@ def test_changed_flags_against_an_existing_run_are_named(few_phantoms):
 
 
 def teacher_of(args, films):
-    return train.make_teacher(args, [train.load_teacher(path, films) for path in args.teacher], films, CPU)
+    teachers = [train.load_teacher(path, args, films, CPU) for path in args.teacher]
+    return lambda theta: train.make_teacher(teachers, args, False, CPU, theta)
 
 
 def test_six_temperatures_ask_the_teacher_once(few_phantoms, monkeypatch):
@@ -396,8 +397,8 @@ def test_a_fixed_extractor_learns_its_head_and_moves_nothing_else(pretrained, au
 
 def test_a_frozen_network_is_run_once_over_the_films_and_then_its_features_are_read(pretrained, monkeypatch):
     runs = []
-    real = train.features
-    monkeypatch.setattr(train, "features", lambda *a: (runs.append(1), real(*a))[1])
+    real = models.features
+    monkeypatch.setattr(models, "features", lambda *a: (runs.append(1), real(*a))[1])
     fit(*pretrained, "--finetune", "head", "--epochs", "6")
     assert len(runs) == 4  # a shape and a table each for training and validation films
     fit(*pretrained, "--finetune", "head", "--epochs", "6", "--seed", "1")
@@ -432,7 +433,7 @@ def test_training_on_features_is_training_on_films_with_the_rest_frozen(pretrain
     for epoch in (1, 2):
         g = torch.Generator().manual_seed(epoch)
         parts = train.batches(24, 8, g)
-        through = train.through_frozen(model, tail, train.films(films.train.images, CPU))
+        through = train.reaching(model, tail, train.films(films.train.images, CPU))
         train.train_one_epoch(tail, through, films.train.labels, parts, optimizer, clip=1.0)
     saved = torch.load(f"{by_table.out}/last.pt", weights_only=True)["model"]
     assert torch.allclose(saved["fc.weight"], model.fc.weight, atol=1e-4)  # the table is float16

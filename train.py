@@ -158,7 +158,8 @@ def tabulate(args, name, facts, view, n, dtype=np.float32):
 
     def fill(array):
         for index in progress(torch.arange(n).split(64), name):
-            values = view(index).float().cpu().numpy().astype(dtype)
+            with np.errstate(over="ignore"):  # told below, in words
+                values = view(index).float().cpu().numpy().astype(dtype)
             if not np.isfinite(values).all():
                 raise UserError(f"finite {name} needed, found NaN or infinity: the network behind it "
                                 f"diverged, or they do not fit {np.dtype(dtype)}; use other weights")

@@ -172,7 +172,7 @@ def imagenet_file(arch):
             torch.hub.download_url_to_file(url, str(path), hash_prefix=wanted)
         except (URLError, OSError, RuntimeError) as error:  # RuntimeError: it came with another hash
             raise UserError(f"ImageNet weights of {arch} needed, {url} could not be fetched ({error}): "
-                            f"put the file at {path}, or start from random weights: --recipe scratch") from None
+                            f"put the file at {path}, or start from random ones: --recipe scratch") from None
     found = file_hash(path)
     if not found.startswith(wanted):
         raise UserError(f"{path} should have a SHA-256 that begins with {wanted}, found {found[:8]}: "

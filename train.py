@@ -26,6 +26,8 @@ from evaluate import metrics, predict
 from kd import distillation_loss, label_loss, mean_teacher
 from models import forward
 
+SAVE_SECONDS = 20  # last.pt is written no more often: AlexNet has half a gigabyte, and epochs of a second
+
 
 def recipe(both, teacher, student):
     return {"teacher": {**both, **teacher}, "baseline": {**both, **student}, "student": {**both, **student}}
@@ -246,8 +248,8 @@ def resume(args, now, model, optimizer):
     return facts["history"]
 
 
-def save(args, model, optimizer, history, best, facts):
-    """last.pt comes last: killed before it, the run repeats this epoch and writes all three again."""
+def save(args, model, optimizer, history, best, last, facts):
+    """last.pt comes last: killed before it, the run repeats what came since, and writes all three again."""
     out, facts = Path(args.out), {**facts, "epoch": len(history)}
     if best:
         models.save_checkpoint(out / "best.pt", model, **facts)
@@ -255,7 +257,8 @@ def save(args, model, optimizer, history, best, facts):
         writer = csv.DictWriter(file, history[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-    models.save_checkpoint(out / "last.pt", model, **facts, history=history, optimizer=optimizer.state_dict())
+    if last:
+        models.save_checkpoint(out / "last.pt", model, **facts, history=history, optimizer=optimizer.state_dict())
 
 
 def train(args):
@@ -291,6 +294,7 @@ def train(args):
         if not args.augment:
             frozen = rows(feature_table(args, model, tail, data.train, films(images, device)), device)
 
+    saved = time.perf_counter()
     for epoch in range(len(history) + 1, args.epochs + 1):
         # Every random choice of an epoch follows from seed and epoch: a run can go on from any of them.
         torch.manual_seed(1_000_003 * args.seed + epoch)
@@ -322,7 +326,9 @@ def train(args):
         score = "val_auc" if data.multilabel else "val_accuracy"
         best = all((row[score], -row["val_loss"]) > (r[score], -r["val_loss"]) for r in history)
         history.append(row)
-        save(args, model, optimizer, history, best, {**facts, "validation": judged})
+        last = epoch == args.epochs or time.perf_counter() - saved >= SAVE_SECONDS
+        save(args, model, optimizer, history, best, last, {**facts, "validation": judged})
+        saved = time.perf_counter() if last else saved
         print(describe(args, row) + ("  best" if best else ""), flush=True)
     print(f"best accuracy: train {100 * max(r['train_accuracy'] for r in history):.1f}, "
           f"validation {100 * max(r['val_accuracy'] for r in history):.1f}; lowest loss: train "
@@ -450,7 +456,7 @@ def main(argv=None):
     try:
         train(args)
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from the last epoch in {args.out}", file=sys.stderr)
+        print(f"\nstopped; the same command goes on from what {args.out} holds", file=sys.stderr)
         raise
 
 

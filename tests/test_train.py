@@ -218,8 +218,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(few_phantoms)
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+@pytest.mark.parametrize("save_seconds", [0, 1e9])
 @pytest.mark.parametrize("flags", [(), ("--augment",)])
-def test_a_run_that_was_cut_short_ends_with_the_bits_of_one_that_was_not(few_phantoms, flags, monkeypatch):
+def test_a_run_that_was_cut_short_ends_with_the_bits_of_one_that_was_not(
+    few_phantoms, flags, save_seconds, monkeypatch
+):
+    monkeypatch.setattr(train, "SAVE_SECONDS", save_seconds)
     fit("--out", "teacher")
     flags = ("--epochs", "3", "--teacher", "teacher", *flags)
     fit("--out", "whole", *flags, role="student")
@@ -234,7 +238,7 @@ def test_a_run_that_was_cut_short_ends_with_the_bits_of_one_that_was_not(few_pha
     monkeypatch.setattr(train, "train_one_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit("--out", "cut", *flags, role="student")
-    assert len(history("cut")) == 2
+    assert len(history("cut")) == 2 and Path("cut/last.pt").exists() == (save_seconds == 0)
     monkeypatch.setattr(train, "train_one_epoch", real)
     fit("--out", "cut", *flags, role="student")
     for file in ("best.pt", "last.pt"):

@@ -258,7 +258,8 @@ def save(args, model, optimizer, history, best, last, facts):
         writer.writeheader()
         writer.writerows(history)
     if last:
-        models.save_checkpoint(out / "last.pt", model, **facts, history=history, optimizer=optimizer.state_dict())
+        facts |= {"history": history, "optimizer": optimizer.state_dict()}
+        models.save_checkpoint(out / "last.pt", model, **facts)
 
 
 def train(args):

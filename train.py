@@ -264,8 +264,6 @@ def save(args, model, optimizer, history, best, last, facts):
 
 def train(args):
     device = torch.device(args.device)
-    if args.weights == "imagenet":
-        models.imagenet_file(args.arch)  # if it is missing, say so before decoding for minutes
     data = load_films(args, args.size, ["train", "val"])
     n, labels = len(data.train.labels), data.train.labels.to(device)
     teachers = [load_teacher(path, args, data, device) for path in args.teacher or []]

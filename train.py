@@ -10,6 +10,7 @@ A recipe is a set of defaults, nothing more; any flag overrides it.
 """
 
 import argparse
+import copy
 import csv
 import math
 import signal
@@ -26,7 +27,7 @@ from evaluate import metrics, predict
 from kd import distillation_loss, label_loss, mean_teacher
 from models import forward
 
-SAVE_SECONDS = 20  # last.pt is written no more often: AlexNet has half a gigabyte, and epochs of a second
+SAVE_SECONDS = 20  # weights are written no more often: AlexNet has 0.7 GB to save, and epochs of a second
 
 
 def recipe(both, teacher, student):
@@ -248,22 +249,15 @@ def resume(args, now, model, optimizer):
     return facts["history"]
 
 
-def save(args, model, optimizer, history, best, last, facts):
-    """last.pt comes last: killed before it, the run repeats what came since, and writes all three again."""
-    out, facts = Path(args.out), {**facts, "epoch": len(history)}
-    if best:
-        models.save_checkpoint(out / "best.pt", model, **facts)
-    with atomic(out / "history.csv") as part, open(part, "w", newline="") as file:
+def write_history(path, history):
+    with atomic(path) as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, history[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-    if last:
-        facts |= {"history": history, "optimizer": optimizer.state_dict()}
-        models.save_checkpoint(out / "last.pt", model, **facts)
 
 
 def train(args):
-    device = torch.device(args.device)
+    device, out = torch.device(args.device), Path(args.out)
     data = load_films(args, args.size, ["train", "val"])
     n, labels = len(data.train.labels), data.train.labels.to(device)
     teachers = [load_teacher(path, args, data, device) for path in args.teacher or []]
@@ -293,7 +287,7 @@ def train(args):
         if not args.augment:
             frozen = rows(feature_table(args, model, tail, data.train, films(images, device)), device)
 
-    saved = time.perf_counter()
+    best, saved = None, time.perf_counter()
     for epoch in range(len(history) + 1, args.epochs + 1):
         # Every random choice of an epoch follows from seed and epoch: a run can go on from any of them.
         torch.manual_seed(1_000_003 * args.seed + epoch)
@@ -316,19 +310,26 @@ def train(args):
         seconds = time.perf_counter() - start
         if not math.isfinite(row["loss"]):
             raise UserError(f"the loss is {row['loss']} in epoch {epoch} at learning rate {lr:.2g}: lower "
-                            f"--lr or set --clip 1; {args.out} keeps the epoch before")
+                            f"--lr, or set --clip 1")
         logits = predict(tail, val_view, len(data.val.labels))
         judged = metrics(logits, data.val.labels, data.classes)
         row |= {"val_loss": label_loss(logits, data.val.labels).item()}
         row |= {f"val_{k}": mean(judged[k]) for k in ("accuracy", "specificity", "sensitivity", "auc")}
         row = {"epoch": epoch, **row, "lr": lr, "seconds": round(seconds, 2)}
         score = "val_auc" if data.multilabel else "val_accuracy"
-        best = all((row[score], -row["val_loss"]) > (r[score], -r["val_loss"]) for r in history)
+        better = all((row[score], -row["val_loss"]) > (r[score], -r["val_loss"]) for r in history)
         history.append(row)
-        last = epoch == args.epochs or time.perf_counter() - saved >= SAVE_SECONDS
-        save(args, model, optimizer, history, best, last, {**facts, "validation": judged})
-        saved = time.perf_counter() if last else saved
-        print(describe(args, row) + ("  best" if best else ""), flush=True)
+        facts["epoch"] = epoch
+        if better:  # a copy in memory, for the disk is slow
+            best = copy.deepcopy(model), {**facts, "validation": judged}
+        write_history(out / "history.csv", history)
+        if epoch == args.epochs or time.perf_counter() - saved >= SAVE_SECONDS:
+            if best:
+                models.save_checkpoint(out / "best.pt", best[0], **best[1])
+            state = {"history": history, "optimizer": optimizer.state_dict()}
+            models.save_checkpoint(out / "last.pt", model, **facts, **state)  # the last to be written:
+            best, saved = None, time.perf_counter()  # killed before, the run repeats what came since
+        print(describe(args, row) + ("  best" if better else ""), flush=True)
     print(f"best accuracy: train {100 * max(r['train_accuracy'] for r in history):.1f}, "
           f"validation {100 * max(r['val_accuracy'] for r in history):.1f}; lowest loss: train "
           f"{min(r['loss'] for r in history):.3f}, validation {min(r['val_loss'] for r in history):.3f}; "

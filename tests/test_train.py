@@ -20,7 +20,8 @@ CPU = torch.device("cpu")
 
 def tiny(classes=2):
     """A network with BatchNorm and dropout, small enough for a test."""
-    layers = [torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU()]
+    first = torch.nn.Linear(16, 8, bias=False)  # in front of BatchNorm a bias has no gradient
+    layers = [torch.nn.Flatten(), first, torch.nn.BatchNorm1d(8), torch.nn.ReLU()]
     return torch.nn.Sequential(*layers, torch.nn.Dropout(0.1), torch.nn.Linear(8, classes))
 
 

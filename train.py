@@ -38,7 +38,7 @@ RECIPES = {  # RECIPES[name][role]: flag -> value
     "demo": recipe(
         dict(data="phantoms", clip=1.0, batch_size=16, lr_gamma=0.2),
         teacher=dict(arch="inception_v3", size=112, epochs=8, lr=0.02, lr_step=5),
-        student=dict(arch="alexnet", size=80, per_class=20, epochs=40, lr=0.03, lr_step=27),
+        student=dict(arch="alexnet", size=80, per_class=10, epochs=60, lr=0.03, lr_step=40),
     ),
     # Document A, arXiv 2406.08837. It does not state batch size, epochs, momentum or alpha: ours.
     "pneumonia": recipe(

@@ -339,7 +339,7 @@ def test_a_student_learns_what_its_teacher_says_even_where_the_labels_say_otherw
     student, _ = models.load_checkpoint("student/last.pt")
     films = data.load("phantoms", 32).val
     says = train.predict(student, train.films(films.images, CPU), 16).softmax(1)[:, 1]
-    assert says.mean() < 0.2
+    assert says.mean() < 0.3
 
 
 def test_several_teachers_teach_their_mean(few_phantoms):

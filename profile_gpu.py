@@ -206,7 +206,7 @@ def distillation(teacher_arch, student_arch, sizes, args, device):
 
 def loading(source, size):
     """How soon the training films are ready, beside the time that decode_image alone takes on all cores."""
-    paths = [str(f.path) for f in list_films(source)[0] if f.part == "train"]
+    paths = [f.path for f in list_films(source)[0] if f.part == "train"]
     device, grey = torch.device("cpu"), ImageReadMode.GRAY
     with ThreadPoolExecutor(os.cpu_count()) as pool, tempfile.TemporaryDirectory() as cache:
         times = in_turns({  # the first round reads the files from the disk, and is not counted

@@ -159,14 +159,14 @@ def tabulate(args, name, facts, view, n, dtype=np.float32):
     film in every epoch, at every temperature and for every seed: it is asked once.
     """
 
-    def fill(array):
-        for index in progress(torch.arange(n).split(64), name):
+    def fill(block, start):
+        for index in torch.arange(len(block)).split(64):
             with np.errstate(over="ignore"):  # told below, in words
-                values = view(index).float().cpu().numpy().astype(dtype)
+                values = view(start + index).float().cpu().numpy().astype(dtype)
             if not np.isfinite(values).all():
                 raise UserError(f"finite {name} needed, found NaN or infinity: the network behind it "
                                 f"diverged, or they do not fit {np.dtype(dtype)}; use other weights")
-            array[index.numpy()] = values
+            block[index.numpy()] = values
 
     shape = (n, *view(torch.arange(1)).shape[1:])
     return table(args.cache, name, facts, shape, dtype, fill)

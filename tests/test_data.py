@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import os
 import struct
 import threading
 import time
@@ -86,7 +87,7 @@ def test_an_archive_that_holds_one_folder_more_is_found(kermany):
 
 
 def test_patients_are_told_by_number_and_kind_not_by_number_alone(kermany):
-    group = {f.path.name: f.group for f in data.list_films(kermany)[0]}
+    group = {os.path.basename(f.path): f.group for f in data.list_films(kermany)[0]}
     assert group["person1_bacteria_1.jpeg"] == group["person1_bacteria_2.jpeg"]
     assert group["person1_bacteria_1.jpeg"] != group["person1_virus_1.jpeg"]
     assert group["IM-0001-0001.jpeg"] != group["NORMAL2-IM-0001-0001.jpeg"]

@@ -39,9 +39,10 @@ URL = "https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/f12eaf6d
 SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
 PAPER = {"train": (1363, 3922), "test": (236, 394)}  # NORMAL, PNEUMONIA: Table III of arXiv 2406.08837
 FILM = re.compile(r"[^.].*\.(jpe?g|png)", re.IGNORECASE)  # and not .DS_Store, ._person1_virus_6.jpeg
-# A patient, in file names of the public set. Bacteria and virus are two series of numbers: person7_virus
-# is another child than person7_bacteria, and NORMAL2-IM-0007 another than IM-0007.
-PATIENT = re.compile(r"(person\d+_(?:bacteria|virus)|(?:NORMAL2-)?IM-\d+|(?:NORMAL|BACTERIA|VIRUS)-\d+)")
+# A patient, in the paths of the public set and of MURA. Bacteria and virus are two series of numbers:
+# person7_virus is another child than person7_bacteria, and NORMAL2-IM-0007 another than IM-0007.
+PATIENT = re.compile(r"person\d+_(?:bacteria|virus)|(?:NORMAL2-)?IM-\d+|(?:NORMAL|BACTERIA|VIRUS)-\d+"
+                     r"|patient\d+")  # fmt: skip
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for grey films all the same
 
 
@@ -236,30 +237,33 @@ def list_films(source, classes=None):
 
 
 def list_class_folders(root, classes):
-    """Kermany's set as Kaggle or Mendeley ship it, or any other folder of folders like it.
+    """Kermany's set as Kaggle or Mendeley ship it, MURA v1.1, or any other folder of folders like them.
 
-    Kaggle's `val` holds 16 films, the last of each training class: too few to choose anything by, so
-    they go back to train. With classes=3 pneumonia is parted by the file names' _bacteria_ and _virus_.
+    A class is a folder, and all films below it are its films: MURA keeps train/XR_ELBOW/patient00001/
+    study1_positive/image1.png. The test films lie in `test`, or else in `valid` (MURA's). Kaggle's `val`
+    holds 16 films, the last of each training class: too few to choose anything by, so they go back to
+    train. With classes=3 pneumonia is parted by the file names' _bacteria_ and _virus_.
     """
-    folders = [d for part in ("train", "val", "test") for d in sorted((root / part).glob("[!._]*/"))]
+    test = "test" if (root / "test").is_dir() else "valid"
+    folders = [d for part in ("train", "val", "valid", "test") for d in (root / part).glob("[!._]*/")]
     names = sorted({d.name for d in folders}, key=lambda name: (name.upper() != "NORMAL", name))
-    films = []
-    for folder in folders:
-        part = "test" if folder.parent.name == "test" else "train"
-        for name in sorted(filter(FILM.fullmatch, os.listdir(folder))):
-            patient = PATIENT.match(name)
-            label = names.index(folder.name)
-            if classes == 3 and names == ["NORMAL", "PNEUMONIA"] and label:
-                kind = re.search("bacteria|virus", name.lower())
-                if not kind:
-                    raise UserError(f"--classes 3 needs bacteria or virus in the names of pneumonia films, "
-                                    f"found {folder / name}: use --classes 2")
-                label = 1 + (kind[0] == "virus")
-            id = f"{folder.parent.name}/{folder.name}/{name}"
-            path = os.path.join(folder, name)  # a string, for a Path costs 30 microseconds
-            films.append(film(id, label, part, path, patient and patient[0]))
     split = classes == 3 and names == ["NORMAL", "PNEUMONIA"]
-    return films, ["NORMAL", "BACTERIAL", "VIRAL"] if split else names
+    films = []
+    for path in sorted(os.path.join(d, name) for folder in folders for d, _, found in os.walk(folder)
+                       for name in found if FILM.fullmatch(name)):  # fmt: skip
+        id = path[len(str(root)) + 1 :].replace(os.sep, "/")  # strings, for a Path costs 30 microseconds
+        part, folder, rest = id.split("/", 2)
+        label = names.index(folder)
+        if split and label:
+            kind = re.search("bacteria|virus", rest.lower())
+            if not kind:
+                raise UserError(f"--classes 3 needs bacteria or virus in the names of pneumonia films, "
+                                f"found {path}: use --classes 2")
+            label = 1 + (kind[0] == "virus")
+        patient = PATIENT.search(rest)
+        part = "test" if part == test else "train"
+        films.append(film(id, label, part, path, patient and patient[0]))
+    return films, ["NORMAL", "BACTERIAL", "VIRAL"] if split else [n.removeprefix("XR_") for n in names]
 
 
 def by_hash(name):

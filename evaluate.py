@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 
+import numpy as np
 import torch
 
 from data import UserError, atomic, device_flag, load, origin, prepare, run
@@ -329,9 +330,36 @@ def show(records):
                 print(f"{row_name(students)} minus {row_name(baselines)}, in points: "
                       + ", ".join(differences(students, baselines)))  # fmt: skip
     for record in records:
-        print(f"\n{record['folder']}: best on validation in epoch {record['facts']['epoch']}\n")
+        print(f"\n{record['folder']}: best on validation in epoch {record['facts']['epoch']:g}\n")
         print(report(record["at"]["0.5"]["confusion"], data.classes))
-        print(f"confusion (rows: truth, columns: call): {record['at']['0.5']['confusion']}")
+        print(f"confusion (rows: truth, columns: call):\n{np.array(record['at']['0.5']['confusion'])}")
+
+
+def grid(records):
+    """Teachers down, students across: train, validation and test accuracy, means over seeds (± of test).
+
+    Training accuracy is what the loop saw in the best epoch: dropout on, weights still moving.
+    """
+    cells = {}
+    for record in records:
+        args, facts, data = record["args"], record["facts"], record["data"]
+        smooth = f", label smoothing {args['label_smoothing']:g}" if args["label_smoothing"] else ""
+        by = " + ".join(facts["taught_by"]) or "no teacher" + smooth
+        stopped = f", stopped at {args['stop_at']:g}" if args["stop_at"] else ""
+        val = metrics(record["val"], data.val.labels, data.classes)["accuracy"]
+        cell = cells.setdefault(by, {}).setdefault(args["arch"] + stopped, [])
+        cell.append((facts["train_accuracy"], val, record["at"]["0.5"]["accuracy"]))
+    students = sorted({student for row in cells.values() for student in row})
+
+    def show_cell(runs):
+        if not runs:
+            return ""
+        values = 100 * torch.tensor(runs, dtype=torch.float64)
+        spread = f" ± {values[:, 2].std():.1f}" if len(runs) > 1 else ""
+        return " / ".join(f"{mean:.1f}" for mean in values.mean(0)) + spread
+
+    print_table(["train / val / test accuracy", *students],
+                [[by, *(show_cell(row.get(student)) for student in students)] for by, row in cells.items()])
 
 
 def comparable(student, baseline):
@@ -354,6 +382,7 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
     p.add_argument("--data", help="where the films are, if no longer where they were in training")
+    p.add_argument("--grid", action="store_true", help="first a table, teachers down and students across")
     device_flag(p)
     p.add_argument("--json", metavar="FILE", help="every run's metrics in one file, to keep")
     return p.parse_args(argv)
@@ -376,6 +405,8 @@ def main(argv=None):
                 taught = mean_teacher(logits, record["args"]["T"], several)
                 record["agreement"] = agreement(record["test"], taught, several)
         write_json(record["folder"] / "metrics.json", figures(record))
+    if args.grid:
+        grid(records)
     show(records)
     if args.json:
         write_json(args.json, {str(record["folder"]): figures(record) for record in records})

@@ -16,6 +16,8 @@ from urllib.parse import urlparse
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.ops import SqueezeExcitation
 
 from data import UserError, atomic
 
@@ -29,8 +31,26 @@ AUX_NAMES = ("AuxLogits.", "aux1.", "aux2.")
 AUX_WEIGHT = {"inception_v3": 0.4, "googlenet": 0.3}  # in the loss, from the networks' own papers
 
 
+SE_RESNETS = {"seresnet50": [3, 4, 6, 3], "seresnet101": [3, 4, 23, 3]}  # blocks; torchvision has none
+
+
+class SEBottleneck(Bottleneck):
+    """ResNet's block, each channel then weighed by what the block saw in the whole film (Hu et al. 2018)."""
+
+    def __init__(self, inplanes, planes, *args, **kwargs):
+        super().__init__(inplanes, planes, *args, **kwargs)
+        width = planes * self.expansion
+        self.se = SqueezeExcitation(width, width // 16)
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.relu(self.se(self.bn3(self.conv3(x))) + shortcut)
+
+
 def architectures():
-    return torchvision.models.list_models(module=torchvision.models)
+    return [*SE_RESNETS, *torchvision.models.list_models(module=torchvision.models)]
 
 
 def bare_network(arch, aux):
@@ -41,8 +61,9 @@ def bare_network(arch, aux):
     rate they were far behind torch's own initialisation, so that one is used.
     """
     if arch not in architectures():
-        raise UserError(f"--arch needs one of torchvision's classifiers, got '{arch}': "
-                        f"{', '.join(architectures())}")
+        raise UserError(f"--arch needs one of {', '.join(architectures())}; got {arch}")
+    if arch in SE_RESNETS:
+        return ResNet(SEBottleneck, SE_RESNETS[arch])
     options = {"aux_logits": aux, "init_weights": False} if arch in AUX_MIN_SIZE else {}
     return torchvision.models.get_model(arch, weights=None, **options)
 
@@ -149,6 +170,8 @@ def load_body(model, state, arch, source="torchvision's file"):
     wrong = [name for name, value in state.items() if name in own and value.shape != own[name].shape]
     differing = {name for name in own.keys() ^ state.keys() if not name.startswith(optional)}
     wrong += [name for name in differing if not name.endswith("num_batches_tracked")]
+    if arch in SE_RESNETS:  # a ResNet's weights fit, and its new parts start at random
+        wrong = [name for name in wrong if ".se." not in name]
     if wrong:
         raise UserError(f"{source} does not hold the weights of {arch}: {len(wrong)} names or shapes "
                         f"differ, {wrong[0]} for one; give the file that belongs to this --arch")  # fmt: skip
@@ -161,7 +184,7 @@ def imagenet_file(arch):
     torchvision compares a file with the hash in its name only while downloading; a file that was put
     there by hand, or truncated since, it would load unasked.
     """
-    kinds = torchvision.models.get_model_weights(arch)
+    kinds = torchvision.models.get_model_weights(arch.removeprefix("se"))  # an SE-ResNet takes a ResNet's
     url = getattr(kinds, "IMAGENET1K_V1", kinds.DEFAULT).url
     name = os.path.basename(urlparse(url).path)
     path = Path(torch.hub.get_dir()) / "checkpoints" / name

@@ -51,7 +51,22 @@ RECIPES = {  # RECIPES[name][role]: flag -> value
         teacher=dict(arch="inception_v3", size=224, lr=0.02),
         student=dict(arch="alexnet", size=224, lr=0.02),
     ),
-}
+    # Document B, a course report (National Tsing Hua University, 2023); --finetune head for its fixed
+    # features. Epochs and learning rate are ours. Its 1000 films a class are parted 800 / 200.
+    "course": recipe(
+        dict(weights="imagenet", per_class=1000, val_fraction=0.2, epochs=25, lr=1e-3, lr_gamma=0.1),
+        teacher=dict(arch="googlenet"),
+        student=dict(arch="alexnet"),
+    ),
+    # Document D, a dissertation after arXiv 1909.11723: 2201 + 250 films a class. T is ours.
+    "mura": recipe(
+        dict(weights="imagenet", per_class=2451, val_fraction=0.102, optimizer="adam", lr=1e-4, lr_gamma=1.0,
+             batch_size=16, epochs=20, T=4.0),
+        teacher=dict(arch="seresnet50"),
+        student=dict(arch="resnet18"),
+    ),
+}  # fmt: skip
+LOOKS = 10  # a run that is to stop at some accuracy looks at validation so often an epoch
 
 
 # ---- the loop ---------------------------------------------------------------------------------------
@@ -191,7 +206,8 @@ def load_teacher(path, args, data, device):
             f"{path} was trained on patients whom this student is validated on: give both the same --data "
             f"and --val-fraction"
         )
-    print(f"taught by {path}: {facts['arch']} at {facts['size']} px, epoch {facts['epoch']}, "
+    stopped = f", stopped at {facts['args']['stop_at']:g}" if facts["args"].get("stop_at") else ""
+    print(f"taught by {path}: {facts['arch']}{stopped}, {facts['size']} px, epoch {facts['epoch']:g}, "
           f"validation accuracy {100 * mean(facts['validation']['accuracy']):.1f} %")
     split = data.train
     if facts["size"] != args.size:
@@ -202,7 +218,8 @@ def load_teacher(path, args, data, device):
     if not args.augment:
         key, view = [digest, facts["size"], split.fingerprint], asked(model, films(images, device))
         logits = rows(tabulate(args, "teacher", key, view, len(split.labels)), device)
-    return {"model": model, "images": images, "hash": digest, "logits": logits}
+    name = facts["arch"] + stopped
+    return {"model": model, "images": images, "hash": digest, "logits": logits, "name": name}
 
 
 def make_teacher(teachers, args, multilabel, device, theta=None):
@@ -240,7 +257,8 @@ def resume(args, now, model, optimizer):
         if facts[what] != now[what]:
             raise UserError(f"{args.out} was begun with other {what}: choose another --out, or remove it")
     ours, theirs = vars(args), facts["args"]
-    changed = [k for k in ours if k not in ("device", "cache", "out") and ours[k] != theirs.get(k)]
+    free = ("device", "cache", "out", "tensorboard")
+    changed = [k for k in ours if k not in free and ours[k] != theirs.get(k)]
     if changed:
         told = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)} (now {ours[k]})" for k in changed)
         raise UserError(f"{args.out} was begun with {told}: repeat that command, or choose another --out")
@@ -264,7 +282,12 @@ def train(args):
     facts = {"args": vars(args), "classes": data.classes, "multilabel": data.multilabel,
              "train_groups": sorted(set(data.train.groups)), "provenance": origin(),
              "films": [data.train.fingerprint, data.val.fingerprint],
-             "teachers": [teacher["hash"] for teacher in teachers]}  # fmt: skip
+             "teachers": [teacher["hash"] for teacher in teachers],
+             "taught_by": [teacher["name"] for teacher in teachers]}  # fmt: skip
+    majority = data.val.labels.bincount().max().item() / len(data.val.labels) if args.stop_at else 0
+    if args.stop_at and args.stop_at < majority:
+        raise UserError(f"--stop-at must lie above {majority:.3f}, which calling every film by the commonest "
+                        f"class reaches on validation, got {args.stop_at:g}")
 
     torch.manual_seed(args.seed)
     model = models.build(args.arch, len(data.classes), args.size, args.weights)
@@ -272,14 +295,16 @@ def train(args):
     tail = models.split(model, args.finetune)  # the part that learns: all of it, or its end
     optimizer = make_optimizer(args, tail.parameters())
     history = resume(args, facts, model, optimizer)
-    if len(history) == args.epochs:
-        return print(f"{args.out} is finished, {args.epochs} epochs: evaluate it, or choose another --out")
+    if history and finished(args, history[-1]):
+        done = history[-1]["epoch"]
+        return print(f"{args.out} is finished, {done:g} epochs: evaluate it, or choose another --out")
 
     sizes = [f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M" for part in (model, tail)]
     print(f"{args.role}: {args.arch} at {args.size} px, {sizes[0]} parameters, {sizes[1]} learning; "
           f"{n} training and {len(data.val.labels)} validation films of {args.data}; to {args.out}")
     if history:
-        print(f"going on after epoch {len(history)}")
+        print(f"going on after epoch {history[-1]['epoch']:g}")
+    board = tensorboard(out, len(history)) if args.tensorboard else None
     images, frozen = resident(data.train.images, device), None
     val_view = films(resident(data.val.images, device), device)
     if tail is not model:
@@ -287,20 +312,24 @@ def train(args):
         if not args.augment:
             frozen = rows(feature_table(args, model, tail, data.train, films(images, device)), device)
 
-    best, saved = None, time.perf_counter()
-    for epoch in range(len(history) + 1, args.epochs + 1):
+    best, saved, n_batches = None, time.perf_counter(), len(batches(n, args.batch_size, None))
+    looks = min(LOOKS, n_batches) if args.stop_at else 1  # mostly one, at the end of every epoch
+    while not history or not finished(args, history[-1]):
         # Every random choice of an epoch follows from seed and epoch: a run can go on from any of them.
-        torch.manual_seed(1_000_003 * args.seed + epoch)
-        generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch)
+        epoch, look = divmod(len(history), looks)
+        generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch + 1)
+        torch.manual_seed(1_000_003 * args.seed + 1 + len(history))
         theta = random_affine(n, generator).to(device) if args.augment else None
         view = films(images, device, theta)
         if tail is not model:
             view = frozen or reaching(model, tail, view)
         teacher = make_teacher(teachers, args, data.multilabel, device, theta) if teachers else None
-        lr = args.lr * args.lr_gamma ** ((epoch - 1) // args.lr_step)
+        lr = args.lr * args.lr_gamma ** (epoch // args.lr_step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        parts = progress(batches(n, args.batch_size, generator, device), f"epoch {epoch:>2}/{args.epochs}")
+        parts = batches(n, args.batch_size, generator, device)[look::looks]
+        epoch = len(history) + 1 if looks == 1 else (len(history) + 1) / looks  # done after this: 3, or 0.3
+        parts = progress(parts, f"epoch {epoch:>2g}/{args.epochs}")
         start = time.perf_counter()
         row = train_one_epoch(
             tail, view, labels, parts, optimizer, teacher, args.T, args.alpha, args.label_smoothing,
@@ -309,7 +338,7 @@ def train(args):
         )  # fmt: skip
         seconds = time.perf_counter() - start
         if not math.isfinite(row["loss"]):
-            raise UserError(f"the loss is {row['loss']} in epoch {epoch} at learning rate {lr:.2g}: lower "
+            raise UserError(f"the loss is {row['loss']} in epoch {epoch:g} at learning rate {lr:.2g}: lower "
                             f"--lr, or set --clip 1")
         logits = predict(tail, val_view, len(data.val.labels))
         judged = metrics(logits, data.val.labels, data.classes)
@@ -319,16 +348,19 @@ def train(args):
         score = "val_auc" if data.multilabel else "val_accuracy"
         better = all((row[score], -row["val_loss"]) > (r[score], -r["val_loss"]) for r in history)
         history.append(row)
-        facts["epoch"] = epoch
+        facts |= {"epoch": epoch, "train_accuracy": row["train_accuracy"]}
         if better:  # a copy in memory, for the disk is slow
             best = copy.deepcopy(model), {**facts, "validation": judged}
         write_history(out / "history.csv", history)
-        if epoch == args.epochs or time.perf_counter() - saved >= SAVE_SECONDS:
+        if finished(args, row) or time.perf_counter() - saved >= SAVE_SECONDS:
             if best:
                 models.save_checkpoint(out / "best.pt", best[0], **best[1])
             state = {"history": history, "optimizer": optimizer.state_dict()}
             models.save_checkpoint(out / "last.pt", model, **facts, **state)  # the last to be written:
             best, saved = None, time.perf_counter()  # killed before, the run repeats what came since
+        if board:
+            for name, value in row.items():
+                board.add_scalar(name, value, len(history))
         print(describe(args, row) + ("  best" if better else ""), flush=True)
     print(f"best accuracy: train {100 * max(r['train_accuracy'] for r in history):.1f}, "
           f"validation {100 * max(r['val_accuracy'] for r in history):.1f}; lowest loss: train "
@@ -336,10 +368,23 @@ def train(args):
           f"{sum(r['seconds'] for r in history):.0f} s of training; {args.out}/best.pt")  # fmt: skip
 
 
+def finished(args, row):
+    return row["epoch"] >= args.epochs or bool(args.stop_at) and row["val_accuracy"] > args.stop_at
+
+
+def tensorboard(folder, done):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package of that name, found none: pip install tensorboard, "
+                        "or do without, history.csv holds the same figures") from None
+    return SummaryWriter(folder, purge_step=done)
+
+
 def describe(args, row):
     kd = f" (hard {row['hard']:.3f}, soft {row['soft']:.3f})" if args.teacher else ""
     return (
-        f"epoch {row['epoch']:>2}/{args.epochs}  loss {row['loss']:.3f}{kd}  "
+        f"epoch {row['epoch']:>2g}/{args.epochs}  loss {row['loss']:.3f}{kd}  "
         f"val loss {row['val_loss']:.3f} acc {100 * row['val_accuracy']:.1f} "
         f"spec {100 * row['val_specificity']:.1f} sens {100 * row['val_sensitivity']:.1f}  "
         f"lr {row['lr']:.2g}  {row['seconds']:.1f} s"
@@ -348,7 +393,7 @@ def describe(args, row):
 
 # ---- the command line -------------------------------------------------------------------------------
 
-UNNAMED = ("role", "recipe", "data", "out", "T", "device", "cache", "amp")  # not in a run's name
+UNNAMED = ("role", "recipe", "data", "out", "T", "device", "cache", "amp", "tensorboard")  # not in names
 FLOORS = {"T": 0, "lr": 0, "epochs": 0, "size": 0, "lr_step": 0, "lr_gamma": 0, "per_class": 0, "seed": -1,
           "batch_size": 1, "momentum": -1e-9, "weight_decay": -1e-9, "clip": -1e-9}  # fmt: skip
 
@@ -382,11 +427,14 @@ def check(p, args):
         p.error(f"--arch needs one of {', '.join(models.architectures())}; got {args.arch}")
     if args.teacher and args.role != "student":
         p.error(f"--teacher belongs to --role student; a {args.role} learns from labels alone")
+    if args.stop_at and (args.role != "teacher" or not 0 < args.stop_at < 1):
+        p.error("--stop-at makes a defective teacher: a share between 0 and 1, with --role teacher")
     if args.label_smoothing and args.role == "student":
         p.error("--label-smoothing is for --role baseline or teacher; a student has its teacher")
-    if args.finetune != "all" and args.weights == "none":
-        p.error(f"--finetune {args.finetune} with --weights none would freeze random ones: "
-                f"give --weights imagenet or a file, or --finetune all")
+    partly = args.arch in models.SE_RESNETS and args.weights == "imagenet"  # a ResNet's, its SE parts random
+    if args.finetune != "all" and (args.weights == "none" or partly):
+        p.error(f"--finetune {args.finetune} with --weights {args.weights} would freeze random ones in "
+                f"{args.arch}: give --weights imagenet or a file that holds all, or --finetune all")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -430,10 +478,14 @@ def get_args(argv=None):
     g.add_argument("--clip", type=float, default=0.0, help="largest norm of the gradient, 0: any")
     g.add_argument("--label-smoothing", type=float, default=0.0, help="share of a label spread over all")
 
+    g.add_argument("--stop-at", type=float, metavar="ACCURACY", help="end a teacher's training as soon as "
+                   "validation passes it (a defective teacher); looked at ten times an epoch")  # fmt: skip
+
     g = p.add_argument_group("machine")
     g.add_argument("--seed", type=int, default=0, help="of weights, order, dropout and augmentation")
     device_flag(g)
     g.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 on a GPU")
+    g.add_argument("--tensorboard", action="store_true", help="write history.csv's curves there too")
     g.add_argument("--cache", default="cache", help="folder of decoded films and tables; may be deleted")
 
     # Parsed twice: once to learn role and recipe, once with their defaults (which --help then shows).

@@ -66,6 +66,21 @@ def kermany(tmp_path):
     return root
 
 
+@pytest.fixture
+def mura(tmp_path):
+    """MURA v1.1 in miniature: seven body parts, patients with several studies and of several body parts."""
+    root = tmp_path / "MURA-v1.1"
+    for part in ("ELBOW", "FINGER", "FOREARM", "HAND", "HUMERUS", "SHOULDER", "WRIST"):
+        for patient in range(1, 5):
+            study = root / f"train/XR_{part}/patient{patient:05d}/study1_positive"
+            film(study / f"image1-{part}{patient}.png", shade=20 * patient)
+            film(study.with_name("study2_negative") / f"image1-{part}{patient}b.png", channels=3)
+        film(root / f"valid/XR_{part}/patient11185/study1_positive/image1-{part}.png")
+        (root / f"train/XR_{part}/patient00001/study1_positive/._image1.png").write_bytes(b"junk")
+    (root / "train_image_paths.csv").write_text("MURA-v1.1/train/XR_ELBOW/patient00001/...")
+    return root
+
+
 SMALL = ["--arch", "squeezenet1_1", "--size", "32", "--epochs", "2", "--batch-size", "8", "--lr", "0.01"]
 
 

@@ -222,7 +222,7 @@ def loading(source, size):
             "cold start, with listing and writing": cold,
             "warm start": lambda: load(source, size, cache=cache),
         }, device, rounds=7)  # fmt: skip
-    return {"films": len(films), **{name: median(spent) for name, spent in times.items()}}
+    return {"films": len(films), "seconds": {name: median(spent) for name, spent in times.items()}}
 
 
 # ---- what is shown ----------------------------------------------------------------------------------
@@ -257,7 +257,8 @@ def print_report(report):
         print_table(["a step", "seconds", "ratio to a", "ratio to c"], lines)
         print_table([" -> ".join(networks), "teacher / student"], list(compression(*networks.values())))
     if report["loading"]:
-        print_table(["films ready", "seconds"], [[k, show(v, 2)] for k, v in report["loading"].items()])
+        n, times = report["loading"]["films"], report["loading"]["seconds"]
+        print_table([f"{n} films ready", "seconds"], [[k, show(v, 2)] for k, v in times.items()])
     if networks and not torch.cuda.is_available():
         print("\nn/a: memory and GPU use are read from CUDA, and there is none here.")
 

@@ -11,9 +11,12 @@ of the training films by patient and depends on nothing but patients' names, nev
 """
 
 import argparse
+import ast
+import csv
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -163,6 +166,16 @@ def phantoms(n, size, seed):
     """n synthetic chest films: images (n, 1, size, size) uint8, labels (n,), masks (n, size, size) bool.
 
     Half of them show pneumonia: one to three hazy opacities inside the lungs, where their mask is True.
+    """
+    labels = torch.arange(n) % 2
+    images, masks, _ = draw(n, size, seed, labels[:, None].float())
+    return images, labels, masks
+
+
+def draw(n, size, seed, findings):
+    """images, masks of the opacities, masks of the lungs; findings (n, 1 or 3) of 0 and 1: opacity, and if
+    there are three columns also a large heart and fluid above the diaphragm.
+
     All differ in pose, exposure, heart, ribs, vessels and noise. The same seed gives the same films at
     every size, so a teacher may read them at 112 and its student at 80 pixels.
     """
@@ -171,7 +184,7 @@ def phantoms(n, size, seed):
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=g)
 
-    labels = torch.arange(n) % 2
+    opacity, large_heart, fluid = F.pad(findings, (0, 3 - findings.shape[1])).unbind(1)
     angle, scale, shift = uniform(-0.08, 0.08), uniform(0.92, 1.08), uniform(-0.05, 0.05, 2)
     gain, heart, lung = uniform(0.85, 1.10), uniform(0.26, 0.36), uniform(0.9, 1.1, 2)
     ribs, phase = uniform(10, 13), uniform(0, 6.3)
@@ -181,11 +194,12 @@ def phantoms(n, size, seed):
         torch.cat([uniform(0.14, 0.24, 3), uniform(0.02, 0.05, 6)], 1),
         torch.cat([uniform(0.33, 0.53, 3) * (uniform(0, 3, 1) > torch.arange(3)), uniform(0.1, 0.25, 6)], 1),
     ], dim=-1)  # (n, 9, 4)  # fmt: skip
-    blobs[:, :3, 3] *= labels[:, None]
+    blobs[:, :3, 3] *= opacity[:, None]
+    heart += 0.12 * large_heart
     haze, grain = uniform(-1, 1, 1, 12, 12), torch.randn(n, 1, 96, 96, generator=g)
 
     images = torch.empty(n, 1, size, size, dtype=torch.uint8)
-    masks = torch.empty(n, size, size, dtype=torch.bool)
+    masks, inside = torch.empty(2, n, size, size, dtype=torch.bool)
     across = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres, from -1 to 1
     for i in range(n):
         down, right = torch.meshgrid(across, across, indexing="ij")
@@ -196,9 +210,11 @@ def phantoms(n, size, seed):
             return torch.sigmoid(12 * (1 - ((x - cx) / a) ** 2 - ((y - cy) / b) ** 2))
 
         lungs = ellipse(-0.42, -0.05, 0.31, 0.62 * lung[i, 0]) + ellipse(0.42, -0.05, 0.31, 0.62 * lung[i, 1])
+        inside[i] = lungs > 0.5
         film = 0.55 * ellipse(0, 0.1, 0.95, 1.15) - 0.36 * lungs
         film += 0.28 * ellipse(0.13, 0.27, heart[i], 0.34) + 0.12 * torch.exp(-((x / 0.09) ** 2))
         film += 0.05 * lungs * torch.sin(ribs[i] * (y + 0.35 * x**2) + phase[i]).clamp(min=0)
+        film += 0.25 * fluid[i] * lungs * torch.sigmoid(25 * (y - 0.22))
         bx, by, radius, strength = blobs[i, :, :, None, None].unbind(1)
         spots = strength * torch.exp(-((x - bx) ** 2 + (y - by) ** 2) / (2 * radius**2)) * lungs.clamp(max=1)
         masks[i] = (spots[:3] > 0.5 * strength[:3].clamp(min=1e-3)).any(0)
@@ -206,33 +222,46 @@ def phantoms(n, size, seed):
                    for t in (haze, grain)]  # fmt: skip
         film = gain[i] * (film + spots.sum(0)) + 0.04 * texture[0] + 0.04 * texture[1] + 0.05
         images[i, 0] = (255 * film.clamp(0, 1)).to(torch.uint8)
-    return images, labels, masks
+    return images, masks, inside
 
 
 # ---- lists of films: what there is, before any pixel is read ----------------------------------------
 
 PHANTOMS = {"train": (640, 11), "val": (160, 12), "test": (600, 15)}  # films and seed of each part
+FINDINGS = ["OPACITY", "LARGE_HEART", "FLUID"]  # of the built-in films with several findings: `findings`
 WRONG = 0.2  # share of the phantoms' training labels that are wrong, as those read off reports are
 
 
-def film(id, label, part, path=None, group=None):
-    """label: index of the class; part: train, val or test; group: the patient (unknown: one of its own)."""
-    return SimpleNamespace(id=id, label=label, part=part, path=path, group=group or id)
+def film(id, label, part, path=None, group=None, negative=False):
+    """label: index of the class, or a 0, 1 or NaN for every finding; part: train, val or test; group: the
+    patient (unknown: one of its own); negative: bright where others are dark."""
+    kind = label if isinstance(label, int) else 0  # with several findings all are of one kind
+    return SimpleNamespace(id=id, label=label, kind=kind, part=part, path=path, group=group or id,
+                           negative=negative)  # fmt: skip
 
 
-def list_films(source, classes=None):
+def list_films(source, classes=None, uncertain="ignore"):
     """Every film of a source, and the names of its classes; nothing is decoded yet."""
-    if source == "phantoms":
-        counts = {part: n for part, (n, _) in PHANTOMS.items()}
-        films = [film(f"phantom-{part}-{i}", i % 2, part) for part, n in counts.items() for i in range(n)]
-        return films, ["NORMAL", "PNEUMONIA"]
+    if source in ("phantoms", "findings"):
+        films = []
+        for part, (n, seed) in PHANTOMS.items():
+            labels = (torch.arange(n) % 2).tolist()
+            if source == "findings":  # independent of each other
+                g = torch.Generator().manual_seed(2000 + seed)
+                labels = (torch.rand(n, len(FINDINGS), generator=g) < 0.4).float().tolist()
+            films += [film(f"phantom-{part}-{i}", label, part) for i, label in enumerate(labels)]
+        return films, ["NORMAL", "PNEUMONIA"] if source == "phantoms" else FINDINGS
+    for layout in LAYOUTS:
+        if all(any(Path(source).glob(pattern)) for pattern in layout["csv"]):
+            return list_csv(Path(source), layout, uncertain)
     for root in (Path(source), Path(source) / "chest_xray"):  # archives hold one folder more, or a copy in it
         if (root / "train").is_dir():
             return list_class_folders(root, classes)
     found = "no folder train in it" if Path(source).exists() else "no such folder"
     raise UserError(
-        f"films needed in {source}, as train/CLASS/*.jpeg and test/CLASS/*.jpeg (CLASS: NORMAL, PNEUMONIA), "
-        f"found {found}: check --data, or  python data.py --download {source}  fetches the public set"
+        f"films needed in {source}, as train/CLASS/*.jpeg and test/CLASS/*.jpeg (CLASS: NORMAL, PNEUMONIA) "
+        f"or with one of the public CSVs, found {found}: check --data, or fetch the public set:  "
+        f"python data.py --download {source}"
     )
 
 
@@ -244,6 +273,7 @@ def list_class_folders(root, classes):
     holds 16 films, the last of each training class: too few to choose anything by, so they go back to
     train. With classes=3 pneumonia is parted by the file names' _bacteria_ and _virus_.
     """
+    root = root.absolute()  # "." would begin no path
     test = "test" if (root / "test").is_dir() else "valid"
     folders = [d for part in ("train", "val", "valid", "test") for d in (root / part).glob("[!._]*/")]
     names = sorted({d.name for d in folders}, key=lambda name: (name.upper() != "NORMAL", name))
@@ -264,6 +294,85 @@ def list_class_folders(root, classes):
         part = "test" if part == test else "train"
         films.append(film(id, label, part, path, patient and patient[0]))
     return films, ["NORMAL", "BACTERIAL", "VIRAL"] if split else [n.removeprefix("XR_") for n in names]
+
+
+# The public sets with several findings a film, by their CSVs. `test`: a list of file names, or the CSV whose
+# films they are, or the share of patients to hold back where the set has no split of its own.
+LAYOUTS = [
+    dict(  # ChestX-ray14: findings parted by |, in the order of its authors
+        csv=["Data_Entry_2017*.csv"], image="Image Index", patient="Patient ID", test="test_list.txt",
+        found=lambda row: row["Finding Labels"].split("|"), needs=["Finding Labels"],
+        classes=["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+                 "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
+                 "Hernia"],
+    ),
+    dict(  # CheXpert: a column a finding, 1.0, 0.0, -1.0 (uncertain) or empty (not mentioned: taken as 0)
+        csv=["train.csv", "valid.csv"], image="Path", patient="Path", test="valid.csv",
+        only=("Frontal/Lateral", ["Frontal"]),
+        classes=["Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
+                 "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
+                 "Pleural Other", "Fracture", "Support Devices"],
+    ),
+    dict(  # PadChest: a Python list in a cell, its words with stray spaces; 16-bit, some films negative
+        csv=["PADCHEST*.csv"], image="ImageID", patient="PatientID", test=0.1,
+        found=lambda row: [word.strip() for word in ast.literal_eval(row["Labels"] or "[]")],
+        needs=["Labels", "PhotometricInterpretation_DICOM"],
+        only=("Projection", ["PA", "AP", "AP_horizontal"]),
+        classes=["atelectasis", "cardiomegaly", "pleural effusion", "infiltrates", "mass", "nodule",
+                 "pneumonia", "pneumothorax", "consolidation", "interstitial pattern", "emphysema",
+                 "pulmonary fibrosis", "pleural thickening", "hiatal hernia"],
+    ),
+]  # fmt: skip
+
+
+def list_csv(root, layout, uncertain):
+    """Films with several findings, as their set's CSV has them; those not on the disk are left out, and told.
+
+    uncertain: a label of -1 is unknown and masked (ignore), or taken for 0 (zero) or 1 (one).
+    """
+    unsure = {"ignore": math.nan, "zero": 0.0, "one": 1.0}[uncertain]
+    column, wanted = layout.get("only", (None, []))
+    needed = {layout["image"], layout["patient"], *layout.get("needs", layout["classes"])} | {column} - {None}
+    where = {}
+    if layout["image"] != "Path":
+        where = {name: os.path.join(d, name) for d, _, names in os.walk(root) for name in names}
+    tests, films, absent = layout["test"], [], 0
+    if str(tests).endswith(".txt"):
+        if not (root / tests).exists():
+            raise UserError(f"{tests} needed in {root}, found none: it says which films are for the test")
+        tests = set((root / tests).read_text().split())
+    for path in sorted(path for pattern in layout["csv"] for path in root.glob(pattern)):
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            lacking = needed - set(rows.fieldnames or [])
+            if lacking:
+                raise UserError(f"columns {', '.join(sorted(needed))} needed in {path}, found none called "
+                                f"{', '.join(sorted(lacking))}: take the CSV as it was published")
+            for row in rows:
+                if column and row[column] not in wanted:  # side views
+                    continue
+                id, patient = row[layout["image"]], row[layout["patient"]]
+                image = where.get(id, "")
+                if layout["image"] == "Path":  # below the folder that the CSV lies in, whatever its name
+                    image, patient = os.path.join(root, id.split("/", 1)[1]), PATIENT.search(id)[0]
+                if not os.path.exists(image):
+                    absent += 1
+                    continue
+                if "found" in layout:
+                    found = layout["found"](row)
+                    label = [float(name in found) for name in layout["classes"]]
+                else:
+                    values = [float(row[name] or 0) for name in layout["classes"]]
+                    label = [unsure if value == -1 else value for value in values]
+                if isinstance(tests, float):
+                    test = int.from_bytes(by_hash(f"test {patient}")[:4]) < tests * 2**32
+                else:
+                    test = id in tests if isinstance(tests, set) else path.name == tests
+                negative = row.get("PhotometricInterpretation_DICOM") == "MONOCHROME1"
+                films.append(film(id, label, "test" if test else "train", image, patient, negative))
+    if absent:
+        print(f"{absent} films of the CSVs are not in {root}, and left out")
+    return films, layout["classes"]
 
 
 def by_hash(name):
@@ -298,19 +407,19 @@ def carve_validation(films, fraction):
     for f in films:
         if f.part == "train":
             patients.setdefault(f.group, []).append(f)
-    counts = Counter(f.label for same in patients.values() for f in same)
+    counts = Counter(f.kind for same in patients.values() for f in same)
     wanted = {label: max(1, round(fraction * n)) for label, n in counts.items()}
     for group in sorted(patients, key=by_hash):
-        if any(wanted[f.label] > 0 for f in patients[group]):
+        if any(wanted[f.kind] > 0 for f in patients[group]):
             for f in patients[group]:
                 f.part = "val"
-                wanted[f.label] -= 1
+                wanted[f.kind] -= 1
 
 
 # ---- images: decoded once, kept as one tensor -------------------------------------------------------
 
 
-def decode(path, size):
+def decode(path, size, negative=False):
     """One film as (1, size, size) uint8: grey, and squashed to a square so that no lung is cut off."""
     image = decode_image(str(path), ImageReadMode.GRAY)
     if image.dtype == torch.uint16:  # 16-bit PNG: 65535 becomes 255
@@ -318,7 +427,7 @@ def decode(path, size):
     if image.shape[-2:] != (size, size):
         image = F.interpolate(image[None].float(), size=(size, size), mode="bilinear", antialias=True)[0]
         image = image.round().clamp(0, 255).to(torch.uint8)
-    return image
+    return 255 - image if negative else image
 
 
 def on_all_cores(function, films):
@@ -344,7 +453,7 @@ def decoding(films, size):
 
     def fill(block, start):
         def one(i, film):
-            block[i] = decode(film.path, size).numpy()
+            block[i] = decode(film.path, size, film.negative).numpy()
 
         bad.extend(on_all_cores(one, films[start : start + len(block)]))
         if bad and start + len(block) == len(films):
@@ -355,12 +464,16 @@ def decoding(films, size):
 
 
 def load(source, size, splits=("train", "val"), per_class=None, classes=None, val_fraction=0.1,
-         cache="cache"):  # fmt: skip
-    """The splits asked for, each with .images (N, 1, size, size) uint8, .labels (N,), .ids and .groups.
+         uncertain="ignore", cache="cache"):  # fmt: skip
+    """The splits asked for, each with .images (N, 1, size, size) uint8, .labels, .ids and .groups; labels
+    are (N,) classes, or (N, K) floats where a film may have several findings (.multilabel).
 
     Also .classes, .multilabel and .source. Only evaluate.py asks for "test".
     """
-    films, names = list_films(str(source), classes)
+    films, names = list_films(str(source), classes, uncertain)
+    multilabel = bool(films) and not isinstance(films[0].label, int)
+    if per_class and multilabel:
+        raise UserError(f"--per-class needs films of one class each, those of {source} may have several")
     if len(names) < 2 or classes not in (None, len(names)):
         raise UserError(f"{classes or 'at least 2'} classes needed in {source}, found {len(names)}: {names}")
     shares = {"train": 1}  # the phantoms have validation films of their own
@@ -369,10 +482,10 @@ def load(source, size, splits=("train", "val"), per_class=None, classes=None, va
         shares = {"train": 1 - val_fraction, "val": val_fraction}
     if per_class:
         films = take_per_class(films, per_class, names, shares)
-    data = SimpleNamespace(classes=names, multilabel=False, source=str(source))
+    data = SimpleNamespace(classes=names, multilabel=multilabel, source=str(source))
     for part in splits:
         chosen = [f for f in films if f.part == part]
-        missing = set(range(len(names))) - {f.label for f in chosen}
+        missing = set(range(1 if multilabel else len(names))) - {f.kind for f in chosen}
         if missing:
             raise UserError(f"films of every class needed for {part}, found none of "
                             f"{names[min(missing)]} in {source}: add films of more patients")
@@ -380,20 +493,27 @@ def load(source, size, splits=("train", "val"), per_class=None, classes=None, va
     return data
 
 
+def load_as(args, size, splits, source=None):
+    """load() as a run's flags say, a dict: the same films for training and for judging."""
+    flags = {flag: args[flag] for flag in ("per_class", "classes", "val_fraction", "uncertain", "cache")}
+    return load(source or args["data"], size, splits, **flags)
+
+
 def load_split(films, part, source, size, cache):
     split = SimpleNamespace(ids=[f.id for f in films], groups=[f.group for f in films])
     split.labels = torch.tensor([f.label for f in films])
-    if source == "phantoms":
+    if source in ("phantoms", "findings"):
         n, seed = PHANTOMS[part]
         chosen = [int(f.id.split("-")[2]) for f in films]
-        split.images, _, split.masks = (tensor[chosen] for tensor in phantoms(n, size, seed))
-        if part == "train":
+        shown = torch.tensor([f.label for f in list_films(source)[0] if f.part == part]).float().view(n, -1)
+        split.images, split.masks, split.lungs = (tensor[chosen] for tensor in draw(n, size, seed, shown))
+        if part == "train" and source == "phantoms":
             # A stream of its own: with the seed of the drawings, the tilted films would be the wrong ones.
             wrong = torch.rand(n, generator=torch.Generator().manual_seed(1000 + seed))[chosen] < WRONG
             split.labels = torch.where(wrong, 1 - split.labels, split.labels)
-        split.fingerprint = fingerprint(VERSION, n, seed, split.ids)
+        split.fingerprint = fingerprint(VERSION, source, n, seed, split.ids)
         return split
-    stats = [(f.id, stat.st_size, stat.st_mtime_ns) for f in films for stat in [os.stat(f.path)]]
+    stats = [(f.id, f.negative, stat.st_size, stat.st_mtime_ns) for f in films for stat in [os.stat(f.path)]]
     split.fingerprint = fingerprint(VERSION, stats)
     name, shape = f"{Path(source).name}-{part}-{size}", (len(films), 1, size, size)
     split.images = table(cache, name, stats, shape, np.uint8, decoding(films, size))
@@ -440,7 +560,8 @@ def audit(source, classes=None):
     print("".join(f"{title:>18}" for title in ["films (patients)", *names, "all"]))
     for part in ("train", "val", "test"):
         mine = [f for f in films if f.part == part]
-        columns = [[f for f in mine if f.label == label] for label in range(len(names))] + [mine]
+        columns = [[f for f in mine if (f.label == k if isinstance(f.label, int) else f.label[k] == 1)]
+                   for k in range(len(names))] + [mine]  # fmt: skip
         if mine:
             cells = [f"{len(column)} ({len({f.group for f in column})})" for column in columns]
             print(f"{part:>18}" + "".join(f"{cell:>18}" for cell in cells))
@@ -448,8 +569,8 @@ def audit(source, classes=None):
             print(f"{'the paper':>18}" + "".join(f"{n:>18}" for n in (*PAPER[part], sum(PAPER[part]))))
     train, test = ({f.group for f in films if f.part == part} for part in ("train", "test"))
     print(f"\npatients in both train and test: {len(train & test)}")
-    if source == "phantoms":
-        return print(f"training labels that are wrong on purpose: {WRONG:.0%}")
+    if source in ("phantoms", "findings"):
+        return print(f"training labels that are wrong on purpose: {WRONG * (source == 'phantoms'):.0%}")
     print(f"films whose name tells no patient, each taken for one: {sum(f.group == f.id for f in films)}")
 
     copies = {}

@@ -12,16 +12,22 @@ normals left alone. With more classes each is taken against the rest, and the ma
 
 import argparse
 import json
+import math
 import re
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+import torchvision
+from torchvision.io import write_png
+from torchvision.utils import draw_bounding_boxes, make_grid
 
-from data import UserError, atomic, device_flag, load, origin, prepare, run
+from data import UserError, atomic, decode, device_flag, load_as, origin, prepare, run
 from kd import mean_teacher
-from models import checkpoint_file, forward, load_checkpoint
+from models import checkpoint_file, cost, forward, load_checkpoint
 
-NAMES = ["accuracy", "specificity", "sensitivity", "precision", "f1", "auc", "ece"]
+NAMES = ["accuracy", "specificity", "sensitivity", "precision", "f1", "auc", "ece"]  # the table's columns,
+SEVERAL = ["auc", "ap", "specificity", "sensitivity", "f1", "ece"]  # and with several findings a film
 BINS = 15  # of the calibration error
 REPEATS = 1000  # of the bootstrap
 
@@ -50,6 +56,16 @@ def auc(scores, truth, weights):
     return (positives * (below + negatives / 2)).sum(1) / (positives.sum(1) * negatives.sum(1))
 
 
+def average_precision(scores, truth, weights):
+    """Weighted mean (R,) of the precision at each positive, from the highest score down; ties share one."""
+    values, place = scores.unique(return_inverse=True)
+    at = weights.new_zeros(len(weights), len(values))
+    called = at.index_add(1, place, weights).flip(1).cumsum(1)
+    positives = at.index_add(1, place, weights * (truth == 1)).flip(1)
+    precision = positives.cumsum(1) / called.clamp(min=1e-12)
+    return (precision * positives).sum(1) / positives.sum(1)
+
+
 def calibration_error(confidence, correct, weights):
     """Expected calibration error (R,): |stated minus true share of right answers|, over 15 bins."""
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
@@ -72,7 +88,7 @@ def against_rest(logits, labels, threshold=0.5):
 
 
 def measure(logits, labels, weights, threshold=0.5):
-    """The metrics of NAMES for R weightings of the films, weights (R, N): a dict of tensors (R,),
+    """The metrics for R weightings of the films, weights (R, N): a dict of tensors (R,),
     or (R, K) where a film may have several findings.
 
     All ones gives the point estimates, bootstrap multiplicities their spread: one code for both.
@@ -88,11 +104,12 @@ def measure(logits, labels, weights, threshold=0.5):
         "specificity": tn / (tn + fp),
         "sensitivity": tp / (tp + fn),
         "precision": tp / (tp + fp).clamp(min=1e-12),  # nothing called positive: 0, as is customary
-        "f1": 2 * tp / (2 * tp + fp + fn).clamp(min=1e-12),
+        "f1": (2 * tp / (2 * tp + fp + fn)).where(tp + fn > 0, torch.nan),
     }
     known = [~column.isnan() for column in truth.T]
     columns = list(enumerate(known))
-    out["auc"] = torch.stack([auc(scores[m, k], truth[m, k], weights[:, m]) for k, m in columns], 1)
+    for name, area in (("auc", auc), ("ap", average_precision)):
+        out[name] = torch.stack([area(scores[m, k], truth[m, k], weights[:, m]) for k, m in columns], 1)
     if labels.dim() == 1:  # one label a film: confidence in the class that was called
         out = {name: values.mean(1) for name, values in out.items()}
         probability, called = logits.double().softmax(1).max(1)
@@ -126,7 +143,7 @@ def metrics(logits, labels, classes, threshold=0.5):
     if not logits.isfinite().all():
         raise UserError("finite logits needed to judge a network, found NaN or infinity: training diverged")
     values = measure(logits, labels, torch.ones(1, len(labels)), threshold)
-    out = {name: values[name][0].tolist() for name in NAMES}
+    out = {name: value[0].tolist() for name, value in values.items()}
     return {**out, "confusion": confusion(logits, labels, classes, threshold)}
 
 
@@ -181,29 +198,198 @@ def youden_threshold(logits, labels):
     return float(best[(best - 0.5).abs().argmin()])
 
 
+# ---- Grad-CAM: where a network looked ----------------------------------------------------------------
+
+
+def last_maps(model, images):
+    """The last layer whose output still has a place for every part of the film, pooling left aside.
+
+    In a ViT what follows the last attention reaches only the class token, so the layer before that is
+    taken; a Swin folds its tokens back into maps by itself.
+    """
+    if isinstance(model, torchvision.models.VisionTransformer):
+        return model.encoder.layers[-1].ln_1
+    order = []
+
+    def note(layer, _, out):
+        if isinstance(out, torch.Tensor) and out.dim() == 4 and out[0, 0].numel() > 1:
+            order.append(layer)
+
+    aside = re.compile("Pool|Drop|Identity|Sequential")  # a Sequential is as good as its last layer
+    hooks = [m.register_forward_hook(note) for m in model.modules()
+             if m is not model and not aside.search(type(m).__name__)]  # fmt: skip
+    try:
+        with torch.no_grad():
+            model(images[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not order:
+        raise UserError("maps needed for Grad-CAM, found none in this network: name a layer")
+    return order[-1]
+
+
+def raw_cam(model, images, target, layer=None):
+    """sum_k a_k A_k (N, h, w): maps A of a layer, each weighed by the mean gradient of the target's logit."""
+    caught = []
+
+    def keep(module, inputs, out):
+        caught.append(out)
+        return out.clone()  # an in-place ReLU that follows changes the copy, not what was kept
+
+    was_training = model.training
+    model.eval()
+    layer = layer or last_maps(model, images)
+    hook = layer.register_forward_hook(keep)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            # Frozen weights have no gradient: it starts at the film. Nothing is added to any .grad.
+            logits, _ = forward(model, images.detach().clone().requires_grad_(True))
+            target = torch.as_tensor(target, device=logits.device).expand(len(logits))
+            score = logits.gather(1, target[:, None]).sum()
+            maps, gradient = caught[0].detach(), torch.autograd.grad(score, caught[0])[0]
+    finally:
+        hook.remove()
+        model.train(was_training)
+    if maps.dim() == 3:  # a ViT's tokens: one for the class, then the patches row by row
+        side = math.isqrt(maps.shape[1] - 1)
+        maps, gradient = (t[:, 1:].mT.unflatten(2, (side, side)) for t in (maps, gradient))
+    return (gradient.mean((2, 3), keepdim=True) * maps).sum(1)
+
+
+def grad_cam(model, images, target, layer=None):
+    """Grad-CAM (Selvaraju et al. 2017): heat (N, H, W) in [0, 1] over what speaks for the target.
+
+    images (N, 3, H, W) as the model reads them; target: a class, or one a film (N,). Where nothing speaks
+    for it, the heat is 0 everywhere.
+    """
+    heat = raw_cam(model, images, target, layer).clamp(min=0)[:, None]
+    heat = F.interpolate(heat, size=images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
+
+
+# ---- pictures of it ---------------------------------------------------------------------------------
+
+
+def pointing(records, device):
+    """The pointing game: how often the hottest point of a Grad-CAM lies on an opacity, where there is one."""
+    test, target = records[0]["data"].test, 0 if records[0]["data"].multilabel else 1
+    chosen = test.masks.flatten(1).any(1).nonzero()[:, 0]
+    weights = bootstrap_weights([test.groups[i] for i in chosen])
+    hits = {"a random point in the lungs": test.masks[chosen].flatten(1).sum(1)
+            / test.lungs[chosen].flatten(1).sum(1)}  # fmt: skip
+    for record in records:
+        split, hit = record["data"].test, []
+        for index in chosen.split(64):
+            heat = grad_cam(record["model"], prepare(split.images[index], device), target).flatten(1).cpu()
+            hit.append(split.masks[index].flatten(1).gather(1, heat.argmax(1, keepdim=True))[:, 0])
+        hits[row_name([record])] = torch.cat(hit)
+    rows = [[name, cell([hit.double().mean()], [weights @ hit.double() / weights.sum(1)])]
+            for name, hit in hits.items()]  # fmt: skip
+    print_table([f"hottest point on an opacity, {len(chosen)} films", "%"], rows)
+
+
+def draw_cams(path, runs, films, titles, targets, device, side=224):
+    """A PNG with a row a film: the film, then for each run its heat, and how probable it finds the target.
+
+    runs: (name, model, multilabel); films: for every run the same ones, at its own size.
+    """
+    grey = resized(films[0].float(), side).expand(-1, 3, -1, -1)
+    columns = [[caption(tile, title) for tile, title in zip(grey, titles, strict=True)]]
+    red = torch.tensor([255.0, 60, 0]).view(1, 3, 1, 1)
+    for (name, model, multilabel), images in zip(runs, films, strict=True):
+        x = prepare(images, device)
+        heat = resized(grad_cam(model, x, targets.to(device))[:, None].cpu(), side)
+        says = probabilities(predict(model, lambda index, x=x: x[index], len(x)), multilabel)
+        texts = [f"{name} {100 * p:.0f} %" for p in says.gather(1, targets[:, None])[:, 0]]
+        warm = grey + 0.6 * heat * (red - grey)  # where there is no heat the film stays as it is
+        columns.append([caption(tile, text) for tile, text in zip(warm, texts, strict=True)])
+    tiles = [tile for row in zip(*columns, strict=True) for tile in row]
+    with atomic(path) as part:
+        write_png(make_grid(tiles, nrow=len(columns), padding=3), str(part))
+    print(f"Grad-CAM of {len(targets)} films: {path}")
+
+
+def resized(images, side):
+    return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
+
+
+def caption(tile, text):
+    side = tile.shape[-1] - 1
+    return draw_bounding_boxes(tile.byte(), torch.tensor([[0, 0, side, side]]), [text], colors="white")
+
+
+def probabilities(logits, multilabel):
+    return logits.sigmoid() if multilabel else logits.softmax(1)
+
+
+def show_cams(path, records, device, n=6):
+    """Test films with a finding, the largest first where its extent is known and else the surest of the first
+    run; the last two are films that some run calls wrongly."""
+    data = records[0]["data"]
+    labels = data.test.labels if data.multilabel else F.one_hot(data.test.labels, len(data.classes))[:, 1:]
+    calls = [probabilities(record["test"], data.multilabel) for record in records]
+    if data.multilabel:
+        wrong = [((p > 0.5) != (labels == 1)).any(1) for p in calls]
+    else:
+        wrong = [p.argmax(1) != data.test.labels for p in calls]
+    targets = (labels == 1).int().argmax(1) + (0 if data.multilabel else 1)
+    extent = calls[0].gather(1, targets[:, None])[:, 0]
+    if hasattr(data.test, "masks"):
+        extent = data.test.masks.flatten(1).sum(1).float()
+    order = extent.masked_fill(~(labels == 1).any(1), -1).argsort(descending=True).tolist()
+    missed = [i for i in order if torch.stack(wrong).any(0)[i]][:2]
+    chosen = [i for i in order if i not in missed][: n - len(missed)] + missed
+    titles = [data.classes[targets[i]] if (labels[i] == 1).any() else "nothing found" for i in chosen]
+    titles = [t + (", called wrongly" if i in missed else "") for t, i in zip(titles, chosen, strict=True)]
+    runs = [(record["name"], record["model"], data.multilabel) for record in records]
+    films = [record["data"].test.images[chosen] for record in records]
+    draw_cams(path, runs, films, titles, targets[chosen], device)
+
+
+def read_film(path, folders, cam, device):
+    """What every run says of one film that no data set holds, and where it looked for its answer."""
+    runs, films = [], []
+    for folder in folders:
+        model, facts = load_checkpoint(folder)
+        model.to(device, memory_format=torch.channels_last)
+        try:
+            films.append(decode(path, facts["size"])[None])
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+            raise UserError(f"a JPEG or PNG needed in {path}, found none ({why}): give another") from None
+        runs.append((checkpoint_file(folder).parent.name, model, facts["multilabel"]))
+        logits = predict(model, lambda index, film=films[-1]: prepare(film, device), 1)
+        says = probabilities(logits, facts["multilabel"])[0].tolist()
+        text = ", ".join(f"{name} {100 * p:.1f} %" for name, p in zip(facts["classes"], says, strict=True))
+        print(f"{runs[-1][0]}: {text}")
+    if cam:
+        target = torch.tensor([says.index(max(says))])
+        draw_cams(cam, runs, films, [facts["classes"][target]], target, device)
+
+
 # ---- runs -------------------------------------------------------------------------------------------
 
 
-def read(folder, device, source=None, known=None):
+def read(folder, device, source, known):
     """A run as a record: its facts, and its logits for the validation and test films (asked once)."""
-    known = {} if known is None else known
     key = str(folder)
     if key in known:
         return known[key]
     model, facts = load_checkpoint(folder)
     args = facts["args"]
-    films = (source or args["data"], facts["size"], ("val", "test"), args["per_class"], args["classes"])
-    films += (args["val_fraction"], args["cache"])
+    same = ("data", "per_class", "classes", "val_fraction", "uncertain")
+    films = (facts["size"], *(args[flag] for flag in same))
     if films not in known:
-        known[films] = load(*films)
+        known[films] = load_as(args, facts["size"], ("val", "test"), source)
     data = known[films]
     if data.classes != facts["classes"]:
-        raise UserError(f"{folder} was trained on classes {facts['classes']}, {films[0]} has {data.classes}: "
-                        f"give the films it was trained for with --data")  # fmt: skip
+        raise UserError(f"{folder} was trained on classes {facts['classes']}, {data.source} has "
+                        f"{data.classes}: give the films it was trained for with --data")
     seen = set(facts["train_groups"]) & {*data.val.groups, *data.test.groups}
     if seen:
         raise UserError(f"{folder} was trained on {len(seen)} of the patients that it is to be judged by in "
-                        f"{films[0]} ({min(seen)} for one): judge it on other films")
+                        f"{data.source} ({min(seen)} for one): judge it on other films")
     model.to(device, memory_format=torch.channels_last)
     folder = checkpoint_file(folder).parent
     record = {"name": folder.name, "folder": folder, "facts": facts, "args": args, "data": data}
@@ -211,6 +397,7 @@ def read(folder, device, source=None, known=None):
         split = getattr(data, part)
         view = lambda index, images=split.images: prepare(images[index], device)  # noqa: E731
         record[part] = predict(model, view, len(split.labels))
+    record |= {"cost": cost(model, facts["size"]), "model": model}
     known[key] = record
     return record
 
@@ -228,7 +415,7 @@ def judge(record):
         record["at"][name] = {
             "threshold": threshold,
             **metrics(logits, data.test.labels, data.classes, threshold),
-            "interval": {k: interval(samples[k]).tolist() for k in NAMES},
+            "interval": {k: interval(sample).tolist() for k, sample in samples.items()},
             "samples": samples,
         }
 
@@ -258,6 +445,7 @@ def figures(record):
         "trained_by": record["facts"]["provenance"],
         "args": record["args"],
         "epoch": record["facts"]["epoch"],
+        "cost": record["cost"],
         "judged_by": origin(),
     }
 
@@ -267,7 +455,7 @@ def figures(record):
 
 def variant(record):
     """What a run is, apart from its seed and its teacher's: runs of one variant share a row."""
-    aside = ("seed", "out", "device", "cache", "teacher")
+    aside = ("seed", "out", "device", "cache", "teacher", "tensorboard")
     plain = {k: v for k, v in record["args"].items() if k not in aside}
     teachers = [re.sub(r"-seed\d+", "", path) for path in record["args"]["teacher"] or []]
     return json.dumps([plain, teachers], sort_keys=True)
@@ -281,10 +469,17 @@ def row_name(records):
 
 def cell(values, samples):
     """In percent: the mean over the runs, their standard deviation, and the mean's interval over patients."""
-    values = 100 * torch.tensor(values, dtype=torch.float64)
-    low, high = (100 * interval(torch.stack(samples).mean(0))).tolist()
+    values, samples = 100 * torch.tensor(values, dtype=torch.float64), torch.stack(samples)
+    if samples.dim() == 3:  # several findings: their mean, those aside that could not be judged
+        values, samples = values.nanmean(1), samples.nanmean(2)
+    low, high = (100 * interval(samples.mean(0))).tolist()
     spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
     return f"{values.mean():.1f}{spread} [{low:.1f}, {high:.1f}]"
+
+
+def mean(value):
+    """Of a film's findings, those aside that could not be judged; of a single figure that figure."""
+    return float(torch.as_tensor(value, dtype=torch.float64).nanmean())
 
 
 def print_table(header, rows):
@@ -296,30 +491,36 @@ def print_table(header, rows):
         print("| " + " | ".join(f"{c:<{width}}" for c, width in zip(row, widths, strict=True)) + " |")
 
 
-def majority_row(data):
-    """What a network would reach that calls every film by the commonest class of these films: the floor."""
-    counts = data.test.labels.bincount(minlength=len(data.classes))
-    logits = torch.zeros(len(data.test.labels), len(data.classes))
-    logits[:, counts.argmax()] = 1
+def floor_row(data, names):
+    """What a network would reach that says the same of every film: the commonest class, or no finding."""
+    logits, title = torch.zeros(len(data.test.labels), len(data.classes)), "always the same"
+    if not data.multilabel:
+        commonest = data.test.labels.bincount().argmax()
+        logits[:, commonest], title = 1, f"always {data.classes[commonest]}"
     floor = metrics(logits, data.test.labels, data.classes)
-    return [f"always {data.classes[counts.argmax()]}", *(f"{100 * floor[k]:.1f}" for k in NAMES[:-1]), ""]
+    return [title, *("" if k == "ece" else f"{100 * mean(floor[k]):.1f}" for k in names)]
 
 
-def show(records):
+def show(records, with_grid=False):
     """The tables: a row a variant, its runs pooled; then what distillation changed; then a report a run."""
     variants = {}
     for record in records:
         variants.setdefault(variant(record), []).append(record)
     data = records[0]["data"]
+    if with_grid:
+        grid(variants.values())
+    names = SEVERAL if data.multilabel else NAMES
     for name in records[0]["at"]:
-        rows = [majority_row(data)] if name == "0.5" else []
+        rows = [floor_row(data, names)] if name == "0.5" else []
         for same in variants.values():
             at = [record["at"][name] for record in same]
-            cells = [cell([a[k] for a in at], [a["samples"][k] for a in at]) for k in NAMES]
+            cells = [cell([a[k] for a in at], [a["samples"][k] for a in at]) for k in names]
             rows.append([row_name(same), *cells])
         plain = f"{len(data.test.labels)} test films, %"
         title = plain if name == "0.5" else "at the threshold best on validation"
-        print_table([title, *NAMES], rows)
+        print_table([title, *names], rows)
+    if data.multilabel:
+        show_findings(variants.values(), data)
     print()
     for students in variants.values():
         if "agreement" in students[0]:
@@ -329,42 +530,60 @@ def show(records):
             if any(comparable(s, b) for s in students for b in baselines):
                 print(f"{row_name(students)} minus {row_name(baselines)}, in points: "
                       + ", ".join(differences(students, baselines)))  # fmt: skip
-    for record in records:
+    for record in records if not data.multilabel else []:
         print(f"\n{record['folder']}: best on validation in epoch {record['facts']['epoch']:g}\n")
         print(report(record["at"]["0.5"]["confusion"], data.classes))
         print(f"confusion (rows: truth, columns: call):\n{np.array(record['at']['0.5']['confusion'])}")
 
 
-def grid(records):
+def show_findings(variants, data):
+    """The AUC of every finding, and what each network is made of."""
+    rows = []
+    for k, finding in enumerate(data.classes):
+        truth, cells = data.test.labels[:, k], []
+        for same in variants:
+            at = [record["at"]["0.5"] for record in same]
+            cells.append(cell([a["auc"][k] for a in at], [a["samples"]["auc"][:, k] for a in at]))
+        rows.append([finding, f"{int(truth.nansum())} of {int((~truth.isnan()).sum())}", *cells])
+    costs = (("parameters, M", "parameters", 1e6), ("multiply-adds, G", "multiply_adds", 1e9))
+    for title, key, unit in costs:
+        rows.append([title, "", *(f"{same[0]['cost'][key] / unit:.2f}" for same in variants)])
+    print_table(["AUC, %", "positives", *(row_name(same) for same in variants)], rows)
+
+
+def stopped_at(facts):
+    """", stopped at 0.5" for a defective teacher, "" for one that was trained to the end."""
+    cut = facts["args"]["stop_at"] and facts["epoch"] < facts["args"]["epochs"]
+    return f", stopped at {facts['args']['stop_at']:g}" if cut else ""
+
+
+def grid(variants):
     """Teachers down, students across: train, validation and test accuracy, means over seeds (± of test).
 
     Training accuracy is what the loop saw in the best epoch: dropout on, weights still moving.
     """
     cells = {}
-    for record in records:
-        args, facts, data = record["args"], record["facts"], record["data"]
+    for same in variants:
+        args, facts = same[0]["args"], same[0]["facts"]
         smooth = f", label smoothing {args['label_smoothing']:g}" if args["label_smoothing"] else ""
         by = " + ".join(facts["taught_by"]) or "no teacher" + smooth
-        stopped = f", stopped at {args['stop_at']:g}" if args["stop_at"] else ""
-        val = metrics(record["val"], data.val.labels, data.classes)["accuracy"]
-        cell = cells.setdefault(by, {}).setdefault(args["arch"] + stopped, [])
-        cell.append((facts["train_accuracy"], val, record["at"]["0.5"]["accuracy"]))
+        parts = [(r["facts"]["train_accuracy"], mean(r["facts"]["validation"]["accuracy"]),
+                  mean(r["at"]["0.5"]["accuracy"])) for r in same]  # fmt: skip
+        values = 100 * torch.tensor(parts, dtype=torch.float64)
+        text = " / ".join(f"{value:.1f}" for value in values.mean(0))
+        text += f" ± {values[:, 2].std():.1f}" if len(same) > 1 else ""
+        row = cells.setdefault(by, {})
+        student = args["arch"] + stopped_at(facts)
+        row[student] = f"{row[student]}; {text}" if student in row else text  # runs that differ in a flag
     students = sorted({student for row in cells.values() for student in row})
-
-    def show_cell(runs):
-        if not runs:
-            return ""
-        values = 100 * torch.tensor(runs, dtype=torch.float64)
-        spread = f" ± {values[:, 2].std():.1f}" if len(runs) > 1 else ""
-        return " / ".join(f"{mean:.1f}" for mean in values.mean(0)) + spread
-
     print_table(["train / val / test accuracy", *students],
-                [[by, *(show_cell(row.get(student)) for student in students)] for by, row in cells.items()])
+                [[by, *(row.get(student, "") for student in students)] for by, row in cells.items()])
 
 
 def comparable(student, baseline):
     """The same network given the same films and seed, one with a teacher, one without."""
-    same = ("seed", "data", "per_class", "classes", "arch", "size", "finetune", "weights", "epochs")
+    same = ("seed", "data", "per_class", "classes", "arch", "size", "finetune", "weights", "epochs", "input",
+            "uncertain", "augment")  # fmt: skip
     a, b = student["args"], baseline["args"]
     return (a["role"], b["role"]) == ("student", "baseline") and all(a[k] == b[k] for k in same)
 
@@ -374,7 +593,7 @@ def differences(students, baselines):
     pairs = [(s, b) for s in students for b in baselines if s["args"]["seed"] == b["args"]["seed"]]
     pairs = [(s["at"]["0.5"], b["at"]["0.5"]) for s, b in pairs]
     for k in ("accuracy", "specificity", "sensitivity", "auc"):
-        gains = [s[k] - b[k] for s, b in pairs]
+        gains = [(torch.tensor(s[k]) - torch.tensor(b[k])).tolist() for s, b in pairs]
         yield f"{k} {cell(gains, [s['samples'][k] - b['samples'][k] for s, b in pairs])}"
 
 
@@ -383,6 +602,8 @@ def get_args(argv=None):
     p.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
     p.add_argument("--data", help="where the films are, if no longer where they were in training")
     p.add_argument("--grid", action="store_true", help="first a table, teachers down and students across")
+    p.add_argument("--cam", metavar="FILE.png", help="draw Grad-CAM: a row a film, a column a run")
+    p.add_argument("--image", metavar="FILM", help="only read this film (JPEG or PNG) and say what it shows")
     device_flag(p)
     p.add_argument("--json", metavar="FILE", help="every run's metrics in one file, to keep")
     return p.parse_args(argv)
@@ -391,6 +612,8 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     known = {}
+    if args.image:
+        return read_film(args.image, args.runs, args.cam, args.device)
     records = [read(folder, args.device, args.data, known) for folder in args.runs]
     if len({(*record["data"].classes, *record["data"].test.ids) for record in records}) > 1:
         raise UserError("one table needs one set of test films and classes, these runs were trained for "
@@ -405,9 +628,11 @@ def main(argv=None):
                 taught = mean_teacher(logits, record["args"]["T"], several)
                 record["agreement"] = agreement(record["test"], taught, several)
         write_json(record["folder"] / "metrics.json", figures(record))
-    if args.grid:
-        grid(records)
-    show(records)
+    show(records, args.grid)
+    if args.cam:
+        show_cams(args.cam, records, args.device)
+        if hasattr(records[0]["data"].test, "masks"):
+            pointing(records, args.device)
     if args.json:
         write_json(args.json, {str(record["folder"]): figures(record) for record in records})
 

@@ -14,14 +14,16 @@ from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import SqueezeExcitation
 
-from data import UserError, atomic
+from data import MEAN, STD, UserError, atomic
 
-FORMAT = 1  # of a checkpoint; a reader that meets a higher number says so instead of guessing
+FORMAT = 2  # of a checkpoint: raise it when its facts change; a reader of another says so and does not guess
 
 # Auxiliary heads (a second and third classifier half-way up, for training only) need maps of a certain
 # size. Where the film is smaller they are left out: InceptionV3's window is 5x5 at 299 / 17 and
@@ -65,7 +67,12 @@ def bare_network(arch, aux):
     if arch in SE_RESNETS:
         return ResNet(SEBottleneck, SE_RESNETS[arch])
     options = {"aux_logits": aux, "init_weights": False} if arch in AUX_MIN_SIZE else {}
-    return torchvision.models.get_model(arch, weights=None, **options)
+    model = torchvision.models.get_model(arch, weights=None, **options)
+    if arch.startswith("mnasnet"):  # made for ImageNet's long epochs, its averages hardly move: 3e-4 a step
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = 0.1
+    return model
 
 
 def heads(model):
@@ -110,6 +117,7 @@ def build(arch, num_classes, size=None, weights="none"):
         "size": size,
         "aux": aux,
         "transform_input": getattr(model, "transform_input", False),
+        "input": "film",
     }
     return model
 
@@ -160,22 +168,22 @@ def read_weights(path):
 def load_body(model, state, arch, source="torchvision's file"):
     """Load everything but the heads, which are about to be replaced."""
     skip = tuple(f"{name}." for name in heads(model))
-    # What may be in the file alone, or in the network alone: auxiliary heads, and a counter of batches
-    # that files older than BatchNorm's present form lack.
-    optional = (*skip, *AUX_NAMES)
     if "densenet" in arch:  # torchvision's files still say norm.1 where the code says norm1
         state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", k): v for k, v in state.items()}
-    state = {name: value for name, value in state.items() if not name.startswith(skip)}
-    own = model.state_dict()
-    wrong = [name for name, value in state.items() if name in own and value.shape != own[name].shape]
-    differing = {name for name in own.keys() ^ state.keys() if not name.startswith(optional)}
-    wrong += [name for name in differing if not name.endswith("num_batches_tracked")]
-    if arch in SE_RESNETS:  # a ResNet's weights fit, and its new parts start at random
-        wrong = [name for name in wrong if ".se." not in name]
+    for name in [name for name in state if name.startswith(skip)]:
+        del state[name]  # in place, for torchvision reads old files by a version noted in this very dict
+    try:
+        wrong = sum(model.load_state_dict(state, strict=False), [])  # names missing here or there
+    except RuntimeError as error:
+        wrong = str(error).splitlines()[1:]  # shapes that differ
+    # What either may lack: auxiliary heads, a counter that old files do not have, what a ResNet's file
+    # does not know of an SE-ResNet.
+    optional = (*skip, *AUX_NAMES)
+    wrong = [w for w in wrong if not w.startswith(optional) and not w.endswith("num_batches_tracked")]
+    wrong = [w for w in wrong if arch not in SE_RESNETS or ".se." not in w]
     if wrong:
-        raise UserError(f"{source} does not hold the weights of {arch}: {len(wrong)} names or shapes "
-                        f"differ, {wrong[0]} for one; give the file that belongs to this --arch")  # fmt: skip
-    model.load_state_dict(state, strict=False)
+        raise UserError(f"{source} does not hold the weights of {arch}: {len(wrong)} names or shapes differ, "
+                        f"{wrong[0].strip()} for one; give the file that belongs to this --arch")
 
 
 def imagenet_file(arch):
@@ -210,10 +218,33 @@ def file_hash(path):
 
 def forward(model, images):
     """logits (B, C) and a list of the auxiliary heads' logits (empty in eval mode, and mostly)."""
-    out = model(images)
+    out = model(seen(model, images))
     if isinstance(out, torch.Tensor):
         return out.flatten(1), []  # SqueezeNet ends in 1x1 maps
     return out[0], [aux for aux in out[1:] if aux is not None]
+
+
+def seen(model, images):
+    """What the first layer is given: films, or their residuals for a network that was built for those."""
+    return residuals(images) if getattr(model, "facts", {}).get("input") == "residual" else images
+
+
+def residuals(images):
+    """Noise residuals (SRM, Fridrich & Kodovsky 2012; document A's side section): (B, 3, H, W) in [-1, 1].
+
+    Predicted minus pixel, divided by c, rounded and cut at 2: predicted from one neighbour (c = 1), from the
+    two on either side (order 2, c = 3), both the least over directions, and from all eight (order 4, c = 6).
+    """
+    x = 255 * (images[:, :1] * STD[0] + MEAN[0])  # grey levels again
+    height, width = x.shape[-2:]
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    near = {(i, j): padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)}
+    right, left, up, down = (near[place] for place in ((1, 2), (1, 0), (0, 1), (2, 1)))
+    corners = near[0, 0] + near[0, 2] + near[2, 0] + near[2, 2]
+    first = torch.stack([right, left, up, down]).amin(0) - x
+    second = torch.minimum(right + left, up + down) - 2 * x
+    square = 2 * (right + left + up + down) - corners - 4 * x
+    return torch.cat([(r / c).round().clamp(-2, 2) / 2 for r, c in ((first, 1), (second, 3), (square, 6))], 1)
 
 
 def split(model, finetune):
@@ -241,7 +272,7 @@ def features(model, tail, images):
     caught = []
     hook = tail.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
     try:
-        model(images)  # the tail runs too, for nothing: a few matrix products against a whole network
+        model(seen(model, images))  # the tail runs too, for nothing: a few products against a whole network
     finally:
         hook.remove()
     return caught[0]
@@ -250,11 +281,39 @@ def features(model, tail, images):
 def frozen_hash(model):
     """What a table of features was made with: a hash of all that does not learn, BatchNorm's averages too."""
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
-    digest = hashlib.sha256(str(model.facts["transform_input"]).encode())
+    digest = hashlib.sha256(str([model.facts["transform_input"], model.facts["input"]]).encode())
     for name, value in model.state_dict().items():
         if name not in learning and not name.startswith(AUX_NAMES):  # which do not run in eval mode
             digest.update(value.cpu().contiguous().numpy())
     return digest.hexdigest()
+
+
+def cost(model, size):
+    """Parameters (auxiliary heads' apart), multiply-adds of one film, depth, and megabytes of weights.
+
+    Multiply-adds are half the operations that FlopCounterMode counts: convolutions and matrix products;
+    biases, BatchNorm and activations are left out, as in torchvision's own figures. Depth is the number
+    of Conv2d and Linear layers, auxiliary heads left out.
+    """
+    was_training = model.training
+    model.eval()  # so that auxiliary heads do not run
+    with FlopCounterMode(display=False) as counter:
+        # With a gradient: without, attention takes a short cut whose products are not counted.
+        model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device, requires_grad=True))
+    model.train(was_training)
+    heads = [child for name, child in model.named_children() if name.lower().startswith("aux")]
+    auxiliary = sum(p.numel() for head in heads for p in head.parameters())
+
+    def layers(network):
+        return sum(isinstance(layer, (nn.Conv2d, nn.Linear)) for layer in network.modules())
+
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()) - auxiliary,
+        "auxiliary_parameters": auxiliary,
+        "multiply_adds": counter.get_total_flops() // 2,
+        "depth": layers(model) - sum(layers(head) for head in heads),
+        "megabytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6,
+    }
 
 
 def checkpoint_file(path):
@@ -275,9 +334,9 @@ def load_checkpoint(path):
     content = read_weights(path)
     if not {"format", "model", "facts"} <= content.keys():
         raise UserError(f"{path} holds tensors but is no checkpoint of this project: train one with train.py")
-    if content["format"] > FORMAT:
-        raise UserError(f"{path} has checkpoint format {content['format']}, this code reads up to {FORMAT}: "
-                        f"update the code")  # fmt: skip
+    if content["format"] != FORMAT:
+        raise UserError(f"{path} has checkpoint format {content['format']}, this code reads {FORMAT}: "
+                        f"{'update the code' if content['format'] > FORMAT else 'train it anew'}")
     facts = content["facts"]
     model = bare_network(facts["arch"], facts["aux"])
     replace_heads(model, facts["num_classes"])
@@ -288,5 +347,6 @@ def load_checkpoint(path):
     except RuntimeError as error:
         raise UserError(f"{path} does not fit {facts['arch']}, the network it names "
                         f"({str(error).splitlines()[1].strip()}): it is damaged") from None  # fmt: skip
-    model.facts = {name: facts[name] for name in ("arch", "num_classes", "size", "aux", "transform_input")}
+    kept = ("arch", "num_classes", "size", "aux", "transform_input", "input")
+    model.facts = {name: facts[name] for name in kept}
     return model.eval().requires_grad_(False), facts

@@ -18,13 +18,11 @@ from statistics import median
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import ImageReadMode, decode_image
 
 from data import decoding, device_flag, list_films, load, origin, prepare, run
 from evaluate import print_table, write_json
-from models import AUX_WEIGHT, bare_network, build, features, forward, split
+from models import AUX_WEIGHT, bare_network, build, cost, features, forward, split
 from train import RECIPES, films, rows, train_one_epoch
 
 NATIVE = {"inception_v3": 299}  # the side of the films a network was made for; 224 for the others
@@ -37,30 +35,6 @@ PAPER_I = {  # arXiv 2406.08837, Table I: depth, parameters M, computation M
     "inception_v3": (166, 24.79, 5208),
 }
 PAPER_V = {"alexnet": (1.89, 44.44, 0.10), "inception_v3": (3.54, 95.96, 0.81)}  # GB, GPU %, hours
-
-
-def cost(model, size):
-    """Parameters (auxiliary heads' apart), multiply-adds of one film, depth, and megabytes of weights.
-
-    Multiply-adds are half the operations that FlopCounterMode counts: convolutions and matrix products;
-    biases, BatchNorm and activations are left out, as in torchvision's own figures. Depth is the number
-    of Conv2d and Linear layers, auxiliary heads left out.
-    """
-    was_training = model.training
-    model.eval()  # so that auxiliary heads do not run
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
-    model.train(was_training)
-    heads = [child for name, child in model.named_children() if name.lower().startswith("aux")]
-    aside = {id(layer) for head in heads for layer in head.modules()}
-    auxiliary = sum(p.numel() for head in heads for p in head.parameters())
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()) - auxiliary,
-        "auxiliary_parameters": auxiliary,
-        "multiply_adds": counter.get_total_flops() // 2,
-        "depth": sum(isinstance(m, (nn.Conv2d, nn.Linear)) and id(m) not in aside for m in model.modules()),
-        "megabytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6,
-    }
 
 
 # ---- instruments ------------------------------------------------------------------------------------

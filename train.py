@@ -13,17 +13,19 @@ import argparse
 import copy
 import csv
 import math
+import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import models
-from data import UserError, atomic, device_flag, load, origin, prepare, progress, random_affine, run, table
-from evaluate import metrics, predict
+from data import UserError, atomic, device_flag, load_as, origin, prepare, progress, random_affine, run, table
+from evaluate import mean, metrics, predict, stopped_at
 from kd import distillation_loss, label_loss, mean_teacher
 from models import forward
 
@@ -65,6 +67,17 @@ RECIPES = {  # RECIPES[name][role]: flag -> value
         teacher=dict(arch="seresnet50"),
         student=dict(arch="resnet18"),
     ),
+    # Document C, arXiv 2305.06244: several findings a film. mnasnet1_0 stands in for its EEEA-Net-C2.
+    "multilabel": recipe(
+        dict(weights="imagenet", epochs=10, lr_step=4, lr_gamma=0.1, clip=1.0, T=4.0),
+        teacher=dict(arch="densenet161"),
+        student=dict(arch="mnasnet1_0"),
+    ),
+    "findings": recipe(  # its miniature: built-in films, random weights
+        dict(data="findings", size=96, epochs=10, batch_size=16, lr=0.05, lr_step=7, lr_gamma=0.2, clip=1.0),
+        teacher=dict(arch="resnet18"),
+        student=dict(arch="mnasnet1_0"),
+    ),
 }  # fmt: skip
 LOOKS = 10  # a run that is to stop at some accuracy looks at validation so often an epoch
 
@@ -92,17 +105,22 @@ def objective(logits, labels, teacher_logits, T, alpha, label_smoothing):
 
 
 def train_one_epoch(model, view, labels, batches, optimizer, teacher=None, T=1.0, alpha=0.9,
-                    label_smoothing=0.0, aux_weight=0.0, clip=0.0, amp=False):  # fmt: skip
+                    label_smoothing=0.0, aux_weight=0.0, clip=0.0, amp=False, rank=0, world=1):  # fmt: skip
     """One pass over `batches`, an iterable of index tensors; returns means over the films it saw.
 
     view(index) is what the model reads of those films, labels[index] the truth, and teacher(index) the
     teacher's logits for the same films: a row of a table, or the answer of a network asked on the spot.
     Films are addressed by index from end to end, so teacher and student cannot slip apart. Without a
     teacher this is ordinary training; the lines marked KD are all that distillation adds.
+
+    With several processes each takes its share of every batch, and gradients are added up: the same step
+    as one process would make, but for BatchNorm's statistics and dropout, which each process has of its own.
     """
     model.train()  # the teacher was put in eval mode when it was loaded; nothing here owns or moves it
     sums, seen = torch.zeros(4, device=labels.device), 0
-    for index in batches:
+    for batch in batches:
+        index = batch[rank::world] if len(batch) > rank else batch[:1]  # a short last batch: nothing left,
+        weight = len(index) / len(batch) if len(batch) > rank else 0.0  # so one film that does not count
         teacher_logits = None
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=amp):
             logits, aux = forward(model, view(index))  # (B, C)
@@ -114,21 +132,52 @@ def train_one_epoch(model, view, labels, batches, optimizer, teacher=None, T=1.0
         for aux_logits in aux:  # a second opinion half-way up learns the same thing
             loss = loss + aux_weight * objective(aux_logits, *targets)[0]
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * weight).backward()
+        if world > 1:
+            add_up([p.grad for p in model.parameters() if p.grad is not None])
         if clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         with torch.no_grad():  # sums stay on the device: reading them here would stall a GPU at every step
-            sums += len(index) * torch.stack([loss, hard, soft, accuracy(logits, labels[index])])
-        seen += len(index)
+            means = torch.stack([loss, hard, soft, accuracy(logits, labels[index])])
+            sums += weight * len(batch) * means
+        seen += len(batch)
+    if world > 1:
+        add_up([sums])
+        for value in model.buffers():  # BatchNorm's averages: those of the first process
+            torch.distributed.broadcast(value, 0)
     loss, hard, soft, right = (sums / seen).tolist()
     return {"loss": loss, "hard": hard, "soft": soft, "train_accuracy": right}
+
+
+def add_up(tensors):
+    """Replace each tensor by its sum over the processes, all in one message."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    torch.distributed.all_reduce(flat)
+    for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        t.copy_(part.view_as(t))
+
+
+def processes():
+    """rank, world: which one of torchrun's processes this is, 0 of 1 without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def first_alone(rank, world):
+    """What the first process decodes or asks, the others then find in the cache."""
+    if world > 1 and rank:
+        torch.distributed.barrier()
+    yield
+    if world > 1 and not rank:
+        torch.distributed.barrier()
 
 
 def accuracy(logits, labels):
     if labels.dim() == 1:
         return (logits.argmax(1) == labels).float().mean()
-    return ((logits > 0) == (labels > 0.5))[~labels.isnan()].float().mean()
+    known = ~labels.isnan()
+    return (((logits > 0) == (labels > 0.5)) & known).sum() / known.sum().clamp(min=1)
 
 
 # ---- what the loop is fed ---------------------------------------------------------------------------
@@ -206,12 +255,12 @@ def load_teacher(path, args, data, device):
             f"{path} was trained on patients whom this student is validated on: give both the same --data "
             f"and --val-fraction"
         )
-    stopped = f", stopped at {facts['args']['stop_at']:g}" if facts["args"].get("stop_at") else ""
+    stopped = stopped_at(facts)
     print(f"taught by {path}: {facts['arch']}{stopped}, {facts['size']} px, epoch {facts['epoch']:g}, "
           f"validation accuracy {100 * mean(facts['validation']['accuracy']):.1f} %")
     split = data.train
     if facts["size"] != args.size:
-        split = load_films(args, facts["size"], ["train"]).train  # the same rows, at the teacher's size
+        split = load_as(vars(args), facts["size"], ["train"]).train  # the same rows, at the teacher's size
     model.to(device, memory_format=torch.channels_last)
     images, digest = resident(split.images, device), models.file_hash(models.checkpoint_file(path))
     logits = None
@@ -229,16 +278,7 @@ def make_teacher(teachers, args, multilabel, device, theta=None):
     return lambda index: mean_teacher([voice(index) for voice in voices], args.T, multilabel)
 
 
-def mean(value):
-    """A film with several findings has one value per finding; those that could not be computed are NaN."""
-    return float(torch.as_tensor(value, dtype=torch.float64).nanmean())
-
-
 # ---- a run ------------------------------------------------------------------------------------------
-
-
-def load_films(args, size, splits):
-    return load(args.data, size, splits, args.per_class, args.classes, args.val_fraction, args.cache)
 
 
 def make_optimizer(args, parameters):
@@ -275,22 +315,26 @@ def write_history(path, history):
 
 
 def train(args):
-    device, out = torch.device(args.device), Path(args.out)
-    data = load_films(args, args.size, ["train", "val"])
+    device, out, (rank, world) = torch.device(args.device), Path(args.out), processes()
+    with first_alone(rank, world):
+        data = load_as(vars(args), args.size, ["train", "val"])
+        teachers = [load_teacher(path, args, data, device) for path in args.teacher or []]
     n, labels = len(data.train.labels), data.train.labels.to(device)
-    teachers = [load_teacher(path, args, data, device) for path in args.teacher or []]
     facts = {"args": vars(args), "classes": data.classes, "multilabel": data.multilabel,
              "train_groups": sorted(set(data.train.groups)), "provenance": origin(),
              "films": [data.train.fingerprint, data.val.fingerprint],
              "teachers": [teacher["hash"] for teacher in teachers],
              "taught_by": [teacher["name"] for teacher in teachers]}  # fmt: skip
-    majority = data.val.labels.bincount().max().item() / len(data.val.labels) if args.stop_at else 0
-    if args.stop_at and args.stop_at < majority:
-        raise UserError(f"--stop-at must lie above {majority:.3f}, which calling every film by the commonest "
+    if args.stop_at and data.multilabel:
+        raise UserError("--stop-at needs films of one class each, these may have several: leave it out")
+    share = 0 if data.multilabel else data.val.labels.bincount().max().item() / len(data.val.labels)
+    if args.stop_at and args.stop_at < share:
+        raise UserError(f"--stop-at must be {share:.3f} or more, which calling every film by the commonest "
                         f"class reaches on validation, got {args.stop_at:g}")
 
     torch.manual_seed(args.seed)
     model = models.build(args.arch, len(data.classes), args.size, args.weights)
+    model.facts["input"] = args.input
     model.to(device, memory_format=torch.channels_last)
     tail = models.split(model, args.finetune)  # the part that learns: all of it, or its end
     optimizer = make_optimizer(args, tail.parameters())
@@ -304,13 +348,14 @@ def train(args):
           f"{n} training and {len(data.val.labels)} validation films of {args.data}; to {args.out}")
     if history:
         print(f"going on after epoch {history[-1]['epoch']:g}")
-    board = tensorboard(out, len(history)) if args.tensorboard else None
+    board = tensorboard(out, len(history)) if args.tensorboard and rank == 0 else None
     images, frozen = resident(data.train.images, device), None
     val_view = films(resident(data.val.images, device), device)
     if tail is not model:
-        val_view = rows(feature_table(args, model, tail, data.val, val_view), device)
-        if not args.augment:
-            frozen = rows(feature_table(args, model, tail, data.train, films(images, device)), device)
+        with first_alone(rank, world):
+            val_view = rows(feature_table(args, model, tail, data.val, val_view), device)
+            if not args.augment:
+                frozen = rows(feature_table(args, model, tail, data.train, films(images, device)), device)
 
     best, saved, n_batches = None, time.perf_counter(), len(batches(n, args.batch_size, None))
     looks = min(LOOKS, n_batches) if args.stop_at else 1  # mostly one, at the end of every epoch
@@ -318,7 +363,7 @@ def train(args):
         # Every random choice of an epoch follows from seed and epoch: a run can go on from any of them.
         epoch, look = divmod(len(history), looks)
         generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch + 1)
-        torch.manual_seed(1_000_003 * args.seed + 1 + len(history))
+        torch.manual_seed(1_000_003 * args.seed + 1 + len(history) + 7919 * rank)
         theta = random_affine(n, generator).to(device) if args.augment else None
         view = films(images, device, theta)
         if tail is not model:
@@ -334,13 +379,17 @@ def train(args):
         row = train_one_epoch(
             tail, view, labels, parts, optimizer, teacher, args.T, args.alpha, args.label_smoothing,
             models.AUX_WEIGHT.get(args.arch, 0.0), args.clip,
-            amp=args.amp and device.type == "cuda",  # on most CPUs bfloat16 is far slower than float32
+            args.amp and device.type == "cuda",  # on most CPUs bfloat16 is far slower than float32
+            rank, world,
         )  # fmt: skip
         seconds = time.perf_counter() - start
         if not math.isfinite(row["loss"]):
             raise UserError(f"the loss is {row['loss']} in epoch {epoch:g} at learning rate {lr:.2g}: lower "
                             f"--lr, or set --clip 1")
-        logits = predict(tail, val_view, len(data.val.labels))
+        logits = predict(tail, val_view, len(data.val.labels)).to(device)
+        if world > 1:  # all must agree on when to stop
+            torch.distributed.broadcast(logits, 0)
+        logits = logits.cpu()
         judged = metrics(logits, data.val.labels, data.classes)
         row |= {"val_loss": label_loss(logits, data.val.labels).item()}
         row |= {f"val_{k}": mean(judged[k]) for k in ("accuracy", "specificity", "sensitivity", "auc")}
@@ -348,11 +397,12 @@ def train(args):
         score = "val_auc" if data.multilabel else "val_accuracy"
         better = all((row[score], -row["val_loss"]) > (r[score], -r["val_loss"]) for r in history)
         history.append(row)
-        facts |= {"epoch": epoch, "train_accuracy": row["train_accuracy"]}
+        facts |= {"epoch": epoch, "train_accuracy": row["train_accuracy"], "validation": judged}
         if better:  # a copy in memory, for the disk is slow
-            best = copy.deepcopy(model), {**facts, "validation": judged}
-        write_history(out / "history.csv", history)
-        if finished(args, row) or time.perf_counter() - saved >= SAVE_SECONDS:
+            best = copy.deepcopy(model), dict(facts)
+        if rank == 0:
+            write_history(out / "history.csv", history)
+        if rank == 0 and (finished(args, row) or time.perf_counter() - saved >= SAVE_SECONDS):
             if best:
                 models.save_checkpoint(out / "best.pt", best[0], **best[1])
             state = {"history": history, "optimizer": optimizer.state_dict()}
@@ -361,6 +411,7 @@ def train(args):
         if board:
             for name, value in row.items():
                 board.add_scalar(name, value, len(history))
+            board.flush()
         print(describe(args, row) + ("  best" if better else ""), flush=True)
     print(f"best accuracy: train {100 * max(r['train_accuracy'] for r in history):.1f}, "
           f"validation {100 * max(r['val_accuracy'] for r in history):.1f}; lowest loss: train "
@@ -378,7 +429,7 @@ def tensorboard(folder, done):
     except ImportError:
         raise UserError("--tensorboard needs the package of that name, found none: pip install tensorboard, "
                         "or do without, history.csv holds the same figures") from None
-    return SummaryWriter(folder, purge_step=done)
+    return SummaryWriter(folder, purge_step=done + 1)
 
 
 def describe(args, row):
@@ -459,6 +510,9 @@ def get_args(argv=None):
     g.add_argument("--classes", type=int, choices=[2, 3], help="3: normal, bacterial, viral, by file name")
     g.add_argument("--per-class", type=int, help="a balanced subset, at most so many films of each class")
     g.add_argument("--val-fraction", type=float, default=0.1, help="share of train kept for validation")
+    g.add_argument("--uncertain", default="ignore", choices=["ignore", "zero", "one"],
+                   help="what CheXpert's uncertain labels count as")  # fmt: skip
+    g.add_argument("--input", default="film", choices=["film", "residual"], help="what networks read")
     g.add_argument("--augment", action="store_true", help="rotate, zoom and shift a little, anew each epoch")
 
     g = p.add_argument_group("distillation (role student)")
@@ -490,7 +544,7 @@ def get_args(argv=None):
 
     # Parsed twice: once to learn role and recipe, once with their defaults (which --help then shows).
     first, _ = p.parse_known_args([a for a in argv if a not in ("-h", "--help")] or ["--role", "teacher"])
-    name = first.recipe or ("demo" if first.data == "phantoms" else "pneumonia")
+    name = first.recipe or {"phantoms": "demo", "findings": "findings"}.get(first.data, "pneumonia")
     p.set_defaults(**RECIPES[name][first.role], recipe=name)
     args = p.parse_args(argv)
     check(p, args)
@@ -503,12 +557,20 @@ def get_args(argv=None):
 
 
 def main(argv=None):
-    args = get_args(argv)
+    args, (rank, world) = get_args(argv), processes()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
+    if world > 1:
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.distributed.init_process_group("nccl" if "cuda" in args.device else "gloo")
+    if rank:  # one process tells and writes
+        sys.stdout = open(os.devnull, "w")
     try:
         train(args)
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from what {args.out} holds", file=sys.stderr)
+        last = Path(args.out) / "last.pt"
+        done = models.load_checkpoint(last)[1]["epoch"] if last.exists() else 0
+        print(f"\nstopped; the same command goes on after epoch {done:g} of {args.out}", file=sys.stderr)
         raise
 
 

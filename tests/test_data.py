@@ -93,6 +93,12 @@ def test_patients_are_told_by_number_and_kind_not_by_number_alone(kermany):
     assert group["IM-0001-0001.jpeg"] != group["NORMAL2-IM-0001-0001.jpeg"]
 
 
+def test_the_folder_one_is_in_is_read_like_any_other(kermany, monkeypatch):
+    films, _ = data.list_films(str(kermany))
+    monkeypatch.chdir(kermany)
+    assert [(f.id, f.part) for f in data.list_films(".")[0]] == [(f.id, f.part) for f in films]
+
+
 def test_three_classes_come_from_the_file_names(kermany):
     loaded = data.load(kermany, 16, ("test",), classes=3)
     assert loaded.classes == ["NORMAL", "BACTERIAL", "VIRAL"]

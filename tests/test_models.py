@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import models
-from data import UserError
+from data import UserError, prepare
 
 OURS = [
     "inception_v3",
@@ -159,6 +159,22 @@ def test_weights_from_a_file_fill_everything_but_the_new_head(tmp_path):
         assert model.transform_input == (file == "ours.pt")
 
 
+def test_mnasnets_weights_load_by_the_version_that_torchvision_notes_in_them(tmp_path):
+    source = models.build("mnasnet0_5", 3, 64)
+    models.save_checkpoint(tmp_path / "ours.pt", source)
+    torch.save(source.state_dict(), tmp_path / "plain.pth")
+    for file in ("ours.pt", "plain.pth"):
+        model = models.build("mnasnet0_5", 2, 64, weights=str(tmp_path / file))
+        assert torch.equal(model.layers[0].weight, source.layers[0].weight)
+
+
+def test_attention_is_counted_in_the_multiply_adds_of_a_transformer():
+    # ViT-B/32 at 224: 50 tokens of 768, 12 layers of 4 projections and 2 products of attention and an MLP
+    # of 4 x 768, after the patches' convolution and before the head: torchvision publishes 4.41 G.
+    model = models.bare_network("vit_b_32", aux=False).requires_grad_(False)
+    assert models.cost(model, 224)["multiply_adds"] == pytest.approx(4.41e9, rel=0.01)
+
+
 def test_weights_of_another_network_are_refused(tmp_path):
     models.save_checkpoint(tmp_path / "a.pt", models.build("squeezenet1_1", 2, 64))
     with pytest.raises(UserError, match="does not hold the weights of resnet18"):
@@ -233,7 +249,8 @@ def test_without_a_network_imagenet_weights_are_an_error_that_says_where_the_fil
     (b"PK\x03\x04 truncated", "not a readable file"),
     ({"a": torch.zeros(1)}, "no checkpoint of this project"),
     ([torch.zeros(1)], "found a list"),
-    ({"format": 99, "model": {}, "facts": {}}, "format 99"),
+    ({"format": 99, "model": {}, "facts": {}}, "format 99.*update the code"),
+    ({"format": 1, "model": {}, "facts": {}}, "format 1.*train it anew"),
     (None, "no such file"),
 ])  # fmt: skip
 def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, content, says):
@@ -253,7 +270,7 @@ class Bomb:
 
 
 def test_a_pickle_bomb_in_a_checkpoint_is_refused_and_does_not_run(tmp_path):
-    torch.save({"format": 1, "model": {}, "facts": Bomb()}, tmp_path / "x.pt")
+    torch.save({"format": models.FORMAT, "model": {}, "facts": Bomb()}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="not a readable file"):
         models.load_checkpoint(tmp_path / "x.pt")
     assert not (tmp_path / "exploded").exists()
@@ -267,3 +284,35 @@ def test_saving_keeps_plain_values_only_so_that_loading_runs_no_code(tmp_path):
     assert facts["args"] == {"lr": 0.1, "teacher": ["a"], "clip": None} and facts["history"] == [
         {"a": 1.0}
     ]
+
+
+# ---- residuals
+
+
+def test_residuals_are_predicted_minus_pixel_divided_rounded_and_cut():
+    grey = torch.randint(100, 130, (1, 1, 5, 6), dtype=torch.uint8)
+    ours = models.residuals(prepare(grey, torch.device("cpu")))[0]
+    x = torch.nn.functional.pad(grey.double(), (1, 1, 1, 1), mode="replicate")[0, 0]
+    for i in range(1, 6):
+        for j in range(1, 7):
+            c, left, right, up, down = x[i, j], x[i, j - 1], x[i, j + 1], x[i - 1, j], x[i + 1, j]
+            corners = x[i - 1, j - 1] + x[i - 1, j + 1] + x[i + 1, j - 1] + x[i + 1, j + 1]
+            by_hand = (
+                min(left, right, up, down) - c,
+                min(left + right - 2 * c, up + down - 2 * c) / 3,
+                (2 * (left + right + up + down) - corners - 4 * c) / 6,
+            )
+            for channel, value in enumerate(by_hand):
+                near_a_half = abs(abs(float(value)) % 1 - 0.5) < 1e-3
+                wanted = max(-2, min(2, round(float(value)))) / 2
+                assert near_a_half or ours[channel, i - 1, j - 1] == wanted
+
+
+def test_a_network_for_residuals_reads_them_also_after_loading(tmp_path):
+    model = models.build("resnet18", 2, 32)
+    model.facts["input"] = "residual"
+    models.save_checkpoint(tmp_path / "a.pt", model.eval())
+    again, _ = models.load_checkpoint(tmp_path / "a.pt")
+    x = prepare(torch.randint(0, 256, (1, 1, 32, 32), dtype=torch.uint8), torch.device("cpu"))
+    assert torch.equal(models.forward(again, x)[0], model(models.residuals(x)).flatten(1))
+    assert not torch.equal(models.forward(again, x)[0], model(x).flatten(1))

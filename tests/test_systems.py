@@ -114,6 +114,12 @@ def test_a_defective_teacher_ends_within_an_epoch_once_validation_passes_the_thr
     assert "taught by stopped: squeezenet1_1, stopped at 0.57, 32 px, epoch 0.833" in said
 
 
+def test_a_run_that_never_reached_the_threshold_is_no_defective_teacher(few_phantoms, capsys):
+    fit("--stop-at", "0.999", "--out", "whole", "--epochs", "1", "--lr", "1e-9")
+    fit("--teacher", "whole/last.pt", "--out", "student", role="student")  # last.pt teaches too
+    assert "taught by whole/last.pt: squeezenet1_1, 32 px, epoch 1," in capsys.readouterr().out
+
+
 def test_every_film_is_seen_once_an_epoch_however_often_validation_is_looked_at(few_phantoms, monkeypatch):
     seen, real = [], train.train_one_epoch
 
@@ -128,7 +134,7 @@ def test_every_film_is_seen_once_an_epoch_however_often_validation_is_looked_at(
 
 
 def test_a_threshold_that_the_commonest_class_alone_passes_is_refused(kermany):
-    with pytest.raises(data.UserError, match="--stop-at must lie above 0.5"):
+    with pytest.raises(data.UserError, match="--stop-at must be 0.500 or more"):
         fit("--data", str(kermany), "--recipe", "scratch", "--stop-at", "0.4", "--val-fraction", "0.3")
     for role, share in (("student", "0.6"), ("teacher", "1.5")):
         with pytest.raises(SystemExit):
@@ -205,7 +211,7 @@ def test_the_grid_has_a_row_a_teacher_and_a_column_a_student(few_phantoms, capsy
 
 def test_tensorboard_gets_the_figures_of_the_history(few_phantoms, monkeypatch):
     written = []
-    writer = types.SimpleNamespace(add_scalar=lambda *point: written.append(point))
+    writer = types.SimpleNamespace(add_scalar=lambda *point: written.append(point), flush=list)
     module = types.SimpleNamespace(SummaryWriter=lambda folder, purge_step: writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     args = fit("--tensorboard")

@@ -9,6 +9,7 @@ import time
 import zipfile
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from conftest import film
@@ -232,6 +233,17 @@ def test_the_cache_is_made_again_when_what_it_was_made_from_changes(kermany, mon
     damaged = change in ("truncated", "spoiled")
     assert ("damaged" in capsys.readouterr().err) == damaged
     assert len(list((kermany.parent / "cache").iterdir())) == (1 if damaged else 2)
+
+
+def test_a_table_of_several_blocks_is_written_in_order_and_read_again(tmp_path, capsys):
+    def fill(block, start):
+        block[:] = np.arange(start, start + len(block))[:, None]
+
+    for _ in range(2):
+        made = data.table(tmp_path, "rows", [], (1200, 3), np.int32, fill)
+        assert torch.equal(made[:, 2], torch.arange(1200, dtype=torch.int32))
+        fill = None  # the second time it is read
+    assert capsys.readouterr().err == ""
 
 
 def test_a_cache_that_could_not_be_finished_leaves_nothing_behind(kermany):

@@ -152,14 +152,12 @@ def test_the_audit_counts_positives(capsys):
 
 
 def test_average_precision_is_the_mean_precision_at_the_positives():
-    scores, truth = torch.tensor([0.9, 0.8, 0.7, 0.7, 0.1]).double(), torch.tensor([1, 0, 1, 0, 1])
-    ones = torch.ones(1, 5, dtype=torch.float64)
-    by_hand = (1 / 1 + 2 / 4 + 3 / 5) / 3  # the tie at 0.7 is one step
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.3, 0.1, 0.1]).double()
+    truth, ones = torch.tensor([1, 0, 1, 0, 0, 1]), torch.ones(1, 6, dtype=torch.float64)
+    by_hand = (1 / 1 + 2 / 3 + 3 / 6) / 3  # the tie at 0.1 is one step
     assert evaluate.average_precision(scores, truth, ones).item() == pytest.approx(by_hand)
-    twice = torch.tensor([[1.0, 2, 1, 1, 1]]).double()
-    again = evaluate.average_precision(
-        scores[[0, 1, 1, 2, 3, 4]], truth[[0, 1, 1, 2, 3, 4]], torch.ones(1, 6).double()
-    )
+    twice, copied = torch.tensor([[1.0, 2, 1, 1, 1, 1]]).double(), [0, 1, 1, 2, 3, 4, 5]
+    again = evaluate.average_precision(scores[copied], truth[copied], torch.ones(1, 7).double())
     assert evaluate.average_precision(scores, truth, twice).item() == pytest.approx(again.item())
 
 
@@ -180,7 +178,8 @@ def test_teacher_baseline_and_student_run_on_several_findings_and_are_judged_by_
     assert len(stored["auc"]) == 3 and f"{int(truth[:, 0].sum())} of 16" in text
     floor = next(line for line in text.splitlines() if line.startswith("| always the same"))
     prevalence = 100 * truth.mean(0).mean().item()
-    assert [cell.strip() for cell in floor.split("|")[2:4]] == ["50.0", f"{prevalence:.1f}"]
+    wanted = ["50.0", f"{prevalence:.1f}", "100.0", "0.0"]  # AUC, AP, specificity, sensitivity
+    assert [cell.strip() for cell in floor.split("|")[2:6]] == wanted
 
 
 BARE = ["--arch", "squeezenet1_1", "--size", "32", "--epochs", "2", "--batch-size", "8", "--lr", "0.01"]

@@ -276,17 +276,26 @@ def pointing(records, device):
     test, target = records[0]["data"].test, 0 if records[0]["data"].multilabel else 1
     chosen = test.masks.flatten(1).any(1).nonzero()[:, 0]
     weights = bootstrap_weights([test.groups[i] for i in chosen])
-    hits = {"a random point in the lungs": test.masks[chosen].flatten(1).sum(1)
-            / test.lungs[chosen].flatten(1).sum(1)}  # fmt: skip
-    for record in records:
-        split, hit = record["data"].test, []
-        for index in chosen.split(64):
-            heat = grad_cam(record["model"], prepare(split.images[index], device), target).flatten(1).cpu()
-            hit.append(split.masks[index].flatten(1).gather(1, heat.argmax(1, keepdim=True))[:, 0])
-        hits[row_name([record])] = torch.cat(hit)
-    rows = [[name, cell([hit.double().mean()], [weights @ hit.double() / weights.sum(1)])]
-            for name, hit in hits.items()]  # fmt: skip
+    chance = test.masks[chosen].flatten(1).sum(1) / test.lungs[chosen].flatten(1).sum(1)
+    hits = {"a random point in the lungs": [chance]}
+    for same in variants(records):
+        shape = raw_cam(same[0]["model"], prepare(same[0]["data"].test.images[:1], device), target).shape[1:]
+        name = f"{row_name(same)}, maps of {shape[0]} x {shape[1]}"
+        hits[name] = [hottest(record, chosen, target, device) for record in same]
+    rows = []
+    for name, same in hits.items():
+        samples = [weights @ hit.double() / weights.sum(1) for hit in same]
+        rows.append([name, cell([hit.double().mean() for hit in same], samples)])
     print_table([f"hottest point on an opacity, {len(chosen)} films", "%"], rows)
+
+
+def hottest(record, chosen, target, device):
+    """True for each chosen film whose heat is greatest inside the mask."""
+    test, hits = record["data"].test, []
+    for index in chosen.split(64):
+        heat = grad_cam(record["model"], prepare(test.images[index], device), target).flatten(1).cpu()
+        hits.append(test.masks[index].flatten(1).gather(1, heat.argmax(1, keepdim=True))[:, 0])
+    return torch.cat(hits)
 
 
 def draw_cams(path, runs, films, titles, targets, device, side=224):
@@ -453,12 +462,15 @@ def figures(record):
 # ---- tables -----------------------------------------------------------------------------------------
 
 
-def variant(record):
-    """What a run is, apart from its seed and its teacher's: runs of one variant share a row."""
-    aside = ("seed", "out", "device", "cache", "teacher", "tensorboard")
-    plain = {k: v for k, v in record["args"].items() if k not in aside}
-    teachers = [re.sub(r"-seed\d+", "", path) for path in record["args"]["teacher"] or []]
-    return json.dumps([plain, teachers], sort_keys=True)
+def variants(records):
+    """The runs, those together that differ in their seed and their teacher's alone: they share a row."""
+    groups = {}
+    for record in records:
+        aside = ("seed", "out", "device", "cache", "teacher", "tensorboard")
+        plain = {k: v for k, v in record["args"].items() if k not in aside}
+        teachers = [re.sub(r"-seed\d+", "", path) for path in record["args"]["teacher"] or []]
+        groups.setdefault(json.dumps([plain, teachers], sort_keys=True), []).append(record)
+    return list(groups.values())
 
 
 def row_name(records):
@@ -503,16 +515,13 @@ def floor_row(data, names):
 
 def show(records, with_grid=False):
     """The tables: a row a variant, its runs pooled; then what distillation changed; then a report a run."""
-    variants = {}
-    for record in records:
-        variants.setdefault(variant(record), []).append(record)
-    data = records[0]["data"]
+    data, groups = records[0]["data"], variants(records)
     if with_grid:
-        grid(variants.values())
+        grid(groups)
     names = SEVERAL if data.multilabel else NAMES
     for name in records[0]["at"]:
         rows = [floor_row(data, names)] if name == "0.5" else []
-        for same in variants.values():
+        for same in groups:
             at = [record["at"][name] for record in same]
             cells = [cell([a[k] for a in at], [a["samples"][k] for a in at]) for k in names]
             rows.append([row_name(same), *cells])
@@ -520,13 +529,13 @@ def show(records, with_grid=False):
         title = plain if name == "0.5" else "at the threshold best on validation"
         print_table([title, *names], rows)
     if data.multilabel:
-        show_findings(variants.values(), data)
+        show_findings(groups, data)
     print()
-    for students in variants.values():
+    for students in groups:
         if "agreement" in students[0]:
             share = sum(s["agreement"] for s in students) / len(students)
             print(f"{row_name(students)} makes its teacher's call on {100 * share:.1f} % of the test films")
-        for baselines in variants.values():
+        for baselines in groups:
             if any(comparable(s, b) for s in students for b in baselines):
                 print(f"{row_name(students)} minus {row_name(baselines)}, in points: "
                       + ", ".join(differences(students, baselines)))  # fmt: skip
@@ -536,19 +545,19 @@ def show(records, with_grid=False):
         print(f"confusion (rows: truth, columns: call):\n{np.array(record['at']['0.5']['confusion'])}")
 
 
-def show_findings(variants, data):
+def show_findings(groups, data):
     """The AUC of every finding, and what each network is made of."""
     rows = []
     for k, finding in enumerate(data.classes):
         truth, cells = data.test.labels[:, k], []
-        for same in variants:
+        for same in groups:
             at = [record["at"]["0.5"] for record in same]
             cells.append(cell([a["auc"][k] for a in at], [a["samples"]["auc"][:, k] for a in at]))
         rows.append([finding, f"{int(truth.nansum())} of {int((~truth.isnan()).sum())}", *cells])
     costs = (("parameters, M", "parameters", 1e6), ("multiply-adds, G", "multiply_adds", 1e9))
     for title, key, unit in costs:
-        rows.append([title, "", *(f"{same[0]['cost'][key] / unit:.2f}" for same in variants)])
-    print_table(["AUC, %", "positives", *(row_name(same) for same in variants)], rows)
+        rows.append([title, "", *(f"{same[0]['cost'][key] / unit:.2f}" for same in groups)])
+    print_table(["AUC, %", "positives", *(row_name(same) for same in groups)], rows)
 
 
 def stopped_at(facts):
@@ -557,13 +566,13 @@ def stopped_at(facts):
     return f", stopped at {facts['args']['stop_at']:g}" if cut else ""
 
 
-def grid(variants):
+def grid(groups):
     """Teachers down, students across: train, validation and test accuracy, means over seeds (± of test).
 
     Training accuracy is what the loop saw in the best epoch: dropout on, weights still moving.
     """
     cells = {}
-    for same in variants:
+    for same in groups:
         args, facts = same[0]["args"], same[0]["facts"]
         smooth = f", label smoothing {args['label_smoothing']:g}" if args["label_smoothing"] else ""
         by = " + ".join(facts["taught_by"]) or "no teacher" + smooth

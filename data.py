@@ -15,11 +15,13 @@ import ast
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
 import re
+import struct
 import subprocess
 import sys
 import urllib.error
@@ -46,6 +48,7 @@ FILM = re.compile(r"[^.].*\.(jpe?g|png)", re.IGNORECASE)  # and not .DS_Store, .
 # person7_virus is another child than person7_bacteria, and NORMAL2-IM-0007 another than IM-0007.
 PATIENT = re.compile(r"person\d+_(?:bacteria|virus)|(?:NORMAL2-)?IM-\d+|(?:NORMAL|BACTERIA|VIRUS)-\d+"
                      r"|patient\d+")  # fmt: skip
+MOST_PIXELS, LEAST_SIDE = 100_000_000, 8  # what a picture may claim and still be a film
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for grey films all the same
 
 
@@ -72,14 +75,30 @@ def atomic(path, sync=True):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    for left in path.parent.glob(f".{path.name}.*.part"):  # by a process that was killed
+        if not alive(int(left.name.split(".")[-2])):
+            left.unlink(missing_ok=True)
     try:
         yield part
         with open(part, "rb+") as file:
             if sync:
                 os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error}): what was there before is whole; make room, "
+                        f"and repeat the command") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True
 
 
 def fingerprint(*facts):
@@ -344,32 +363,38 @@ def list_csv(root, layout, uncertain):
     for path in sorted(path for pattern in layout["csv"] for path in root.glob(pattern)):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
-            lacking = needed - set(rows.fieldnames or [])
-            if lacking:
-                raise UserError(f"columns {', '.join(sorted(needed))} needed in {path}, found none called "
-                                f"{', '.join(sorted(lacking))}: take the CSV as it was published")
-            for row in rows:
-                if column and row[column] not in wanted:  # side views
-                    continue
-                id, patient = row[layout["image"]], row[layout["patient"]]
-                image = where.get(id, "")
-                if layout["image"] == "Path":  # below the folder that the CSV lies in, whatever its name
-                    image, patient = os.path.join(root, id.split("/", 1)[1]), PATIENT.search(id)[0]
-                if not os.path.exists(image):
-                    absent += 1
-                    continue
-                if "found" in layout:
-                    found = layout["found"](row)
-                    label = [float(name in found) for name in layout["classes"]]
-                else:
-                    values = [float(row[name] or 0) for name in layout["classes"]]
-                    label = [unsure if value == -1 else value for value in values]
-                if isinstance(tests, float):
-                    test = int.from_bytes(by_hash(f"test {patient}")[:4]) < tests * 2**32
-                else:
-                    test = id in tests if isinstance(tests, set) else path.name == tests
-                negative = row.get("PhotometricInterpretation_DICOM") == "MONOCHROME1"
-                films.append(film(id, label, "test" if test else "train", image, patient, negative))
+            try:
+                lacking = needed - set(rows.fieldnames or [])
+                if lacking:
+                    raise UserError(f"columns {', '.join(sorted(needed))} needed in {path}, found none "
+                                    f"called {', '.join(sorted(lacking))}: take the CSV as it was published")
+                for row in rows:
+                    if column and row[column] not in wanted:  # side views
+                        continue
+                    id, patient = row[layout["image"]], row[layout["patient"]]
+                    image = where.get(id, "")
+                    if layout["image"] == "Path":  # below the folder that the CSV lies in, whatever its name
+                        image, patient = os.path.join(root, id.split("/", 1)[1]), PATIENT.search(id)[0]
+                    if not os.path.exists(image):
+                        absent += 1
+                        continue
+                    if "found" in layout:
+                        found = layout["found"](row)
+                        label = [float(name in found) for name in layout["classes"]]
+                    else:
+                        values = [float(row[name] or 0) for name in layout["classes"]]
+                        label = [unsure if value == -1 else value for value in values]
+                    if isinstance(tests, float):
+                        test = int.from_bytes(by_hash(f"test {patient}")[:4]) < tests * 2**32
+                    else:
+                        test = id in tests if isinstance(tests, set) else path.name == tests
+                    negative = row.get("PhotometricInterpretation_DICOM") == "MONOCHROME1"
+                    films.append(film(id, label, "test" if test else "train", image, patient, negative))
+            except UserError:
+                raise
+            except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, csv.Error) as error:
+                raise UserError(f"{path}, line {rows.line_num}, is not as it was published ("
+                                f"{str(error).splitlines()[0]}): fetch it anew") from None  # fmt: skip
     if absent:
         print(f"{absent} films of the CSVs are not in {root}, and left out")
     return films, layout["classes"]
@@ -419,15 +444,44 @@ def carve_validation(films, fraction):
 # ---- images: decoded once, kept as one tensor -------------------------------------------------------
 
 
+def opened(path):
+    content = np.fromfile(path, np.uint8)
+    width, height = claimed(content.tobytes())
+    if width * height > MOST_PIXELS or min(width, height) < LEAST_SIDE:
+        raise RuntimeError(f"{width} x {height} pixels are no film")
+    return decode_image(torch.from_numpy(content), ImageReadMode.GRAY)
+
+
 def decode(path, size, negative=False):
     """One film as (1, size, size) uint8: grey, and squashed to a square so that no lung is cut off."""
-    image = decode_image(str(path), ImageReadMode.GRAY)
+    image = opened(path)
     if image.dtype == torch.uint16:  # 16-bit PNG: 65535 becomes 255
         image = (image.int() // 257).to(torch.uint8)
     if image.shape[-2:] != (size, size):
         image = F.interpolate(image[None].float(), size=(size, size), mode="bilinear", antialias=True)[0]
         image = image.round().clamp(0, 255).to(torch.uint8)
     return 255 - image if negative else image
+
+
+def claimed(content):
+    """Width and height by the file's own header, before a decoder reserves memory for so many pixels."""
+    if content[:8] == b"\x89PNG\r\n\x1a\n":
+        place, kind = 8, b""
+        while kind != b"IEND":  # each chunk's CRC, for the decoder is known to crash on damaged data
+            length, kind = int.from_bytes(content[place : place + 4]), content[place + 4 : place + 8]
+            end = place + 8 + length
+            if not kind or zlib.crc32(content[place + 4 : end]) != int.from_bytes(content[end : end + 4]):
+                raise RuntimeError("a damaged PNG")
+            place = end + 4
+        return struct.unpack(">II", content[16:24].ljust(8, b"\0"))
+    place = 2
+    while content[:2] == b"\xff\xd8" and place + 9 <= len(content):  # JPEG: segments of a known length
+        marker, length = content[place + 1], int.from_bytes(content[place + 2 : place + 4])
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack(">HH", content[place + 5 : place + 9])
+            return width, height
+        place += 2 + length
+    raise RuntimeError("neither a JPEG nor a PNG, or cut off")
 
 
 def on_all_cores(function, films):
@@ -490,7 +544,17 @@ def load(source, size, splits=("train", "val"), per_class=None, classes=None, va
             raise UserError(f"films of every class needed for {part}, found none of "
                             f"{names[min(missing)]} in {source}: add films of more patients")
         setattr(data, part, load_split(chosen, part, str(source), size, cache))
+    warn_of_copies({part: getattr(data, part) for part in splits})
     return data
+
+
+def warn_of_copies(splits):
+    """A film that lies in two splits makes the second one look better than it is."""
+    sums = {part: {zlib.crc32(image.numpy()) for image in split.images} for part, split in splits.items()}
+    for one, other in itertools.combinations(sums, 2):
+        if same := len(sums[one] & sums[other]):
+            print(f"{same} films of {other} are exact copies of films in {one}: remove them from one of the "
+                  f"two;  python data.py DIR  counts them", file=sys.stderr)  # fmt: skip
 
 
 def load_as(args, size, splits, source=None):
@@ -576,7 +640,7 @@ def audit(source, classes=None):
     copies = {}
 
     def look(i, f):
-        decode_image(f.path)
+        opened(f.path)
         copies.setdefault(hashlib.sha256(Path(f.path).read_bytes()).digest(), []).append(f)
 
     bad = on_all_cores(look, films)

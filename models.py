@@ -9,6 +9,7 @@
 import hashlib
 import os
 import re
+import zlib
 from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import urlparse
@@ -23,6 +24,7 @@ from torchvision.ops import SqueezeExcitation
 
 from data import MEAN, STD, UserError, atomic
 
+SEAL = b"crc32=%08x"
 FORMAT = 2  # of a checkpoint: raise it when its facts change; a reader of another says so and does not guess
 
 # Auxiliary heads (a second and third classifier half-way up, for training only) need maps of a certain
@@ -325,7 +327,28 @@ def save_checkpoint(path, model, **facts):
     """Weights, and whatever is needed to rebuild the network and to judge it: plain values only."""
     content = {"format": FORMAT, "model": model.state_dict(), "facts": {**model.facts, **facts}}
     with atomic(path) as part:
-        torch.save(content, part)
+        try:
+            torch.save(content, part)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(str(error).splitlines()[0]) from None
+        with open(part, "ab") as file:  # which torch reads over, and does not check for itself
+            file.write(SEAL % crc32(part))
+
+
+def crc32(path, leave=0):
+    """Of a file but for its last bytes."""
+    value, size = 0, os.path.getsize(path) - leave
+    with open(path, "rb") as file:
+        while size > 0 and (block := file.read(min(size, 1 << 20))):
+            value, size = zlib.crc32(block, value), size - len(block)
+    return value
+
+
+def whole(path):
+    """Whether a checkpoint ends in the CRC-32 of all that comes before."""
+    with open(path, "rb") as file:
+        file.seek(-min(len(SEAL % 0), os.path.getsize(path)), os.SEEK_END)
+        return file.read() == SEAL % crc32(path, len(SEAL % 0))
 
 
 def load_checkpoint(path):
@@ -334,6 +357,8 @@ def load_checkpoint(path):
     content = read_weights(path)
     if not {"format", "model", "facts"} <= content.keys():
         raise UserError(f"{path} holds tensors but is no checkpoint of this project: train one with train.py")
+    if content["format"] == FORMAT and not whole(path):
+        raise UserError(f"{path} does not hold the bytes that were written: it is damaged, train it anew")
     if content["format"] != FORMAT:
         raise UserError(f"{path} has checkpoint format {content['format']}, this code reads {FORMAT}: "
                         f"{'update the code' if content['format'] > FORMAT else 'train it anew'}")

@@ -119,8 +119,10 @@ def train_one_epoch(model, view, labels, batches, optimizer, teacher=None, T=1.0
     model.train()  # the teacher was put in eval mode when it was loaded; nothing here owns or moves it
     sums, seen = torch.zeros(4, device=labels.device), 0
     for batch in batches:
-        index = batch[rank::world] if len(batch) > rank else batch[:1]  # a short last batch: nothing left,
-        weight = len(index) / len(batch) if len(batch) > rank else 0.0  # so one film that does not count
+        index, weight = batch, 1 / world  # a short last batch: all take the whole, for BatchNorm needs two
+        if len(batch) >= 2 * world:
+            index = batch[rank::world]
+            weight = len(index) / len(batch)
         teacher_logits = None
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=amp):
             logits, aux = forward(model, view(index))  # (B, C)

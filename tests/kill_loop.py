@@ -1,0 +1,108 @@
+"""Kill a run at random moments and take it up again, over and over: every ending must have the bits of a run
+that was never stopped. Too slow for the suite:
+
+    python tests/kill_loop.py --kills 50
+
+Each round begins with nothing, so that kills fall into the cache of films, the teacher's table, epochs and
+the writing of checkpoints alike. Children are forked, so a kill costs no import.
+"""
+
+import argparse
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # torch.set_num_threads would not survive a fork
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+from conftest import film  # noqa: E402
+
+import evaluate  # noqa: E402
+import train  # noqa: E402
+
+SMALL = ["--recipe", "scratch", "--arch", "squeezenet1_1", "--size", "48", "--epochs", "4"]
+SMALL += ["--batch-size", "16", "--val-fraction", "0.25", "--data", "films", "--device", "cpu"]
+TEACHER = ["--role", "teacher", *SMALL, "--out", "teacher"]
+STUDENT = ["--role", "student", *SMALL, "--teacher", "teacher", "--T", "3", "--out", "student"]
+
+
+def child(argv):
+    """Fork; the child trains and leaves without cleaning up, as after a kill."""
+    pid = os.fork()
+    if pid:
+        return pid
+    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    code = 1
+    try:
+        train.main(argv)
+        code = 0
+    except BaseException as error:
+        print(type(error).__name__, error)
+    os._exit(code)
+
+
+def ending():
+    """Everything that must not differ: weights, optimiser, history without its seconds, test figures."""
+    files = [torch.load(f"student/{name}.pt", weights_only=True) for name in ("best", "last")]
+    tensors = [t for file in files for t in file["model"].values()]
+    tensors += [v for state in files[1]["facts"]["optimizer"]["state"].values() for v in state.values()]
+    rows = list(csv.DictReader(open("student/history.csv")))
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    with open(os.devnull, "w") as sys.stdout:
+        evaluate.main(["student"])
+    sys.stdout = sys.__stdout__
+    figures = json.loads(Path("student/metrics.json").read_text())["test"]
+    return [t.clone() for t in tensors if isinstance(t, torch.Tensor)], rows, figures
+
+
+def same(a, b):
+    return a[1:] == b[1:] and len(a[0]) == len(b[0]) and all(map(torch.equal, a[0], b[0]))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--kills", type=int, default=50)
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args()
+    random.seed(args.seed)
+    train.SAVE_SECONDS = 0  # a checkpoint an epoch: more writing to be killed in
+    os.chdir(tempfile.mkdtemp())
+    for part, n in (("train", 60), ("test", 16)):
+        for i in range(n):
+            film(Path(f"films/{part}/{('NORMAL', 'PNEUMONIA')[i % 2]}/{part}-{i}.png"), side=64)
+    assert os.waitpid(child(TEACHER), 0)[1] == 0, Path("log").read_text()
+    shutil.rmtree("cache")
+    start = time.perf_counter()
+    assert os.waitpid(child(STUDENT), 0)[1] == 0, Path("log").read_text()
+    length, expected = time.perf_counter() - start, ending()
+    kills = endings = 0
+    while min(kills, endings) < args.kills:
+        for folder in ("student", "cache"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(50):
+            pid = child(STUDENT)
+            time.sleep(random.uniform(0, 1.1 * length))
+            os.kill(pid, signal.SIGKILL)
+            status = os.waitpid(pid, 0)[1]
+            if not os.WIFSIGNALED(status):
+                assert status == 0, Path("log").read_text()
+                break
+            kills += 1
+        endings += 1
+        assert same(ending(), expected), f"ending {endings} differs from the run that was not stopped"
+        left = [str(path) for path in Path().rglob("*.part")]
+        assert not left, left
+        print(f"{kills} kills, {endings} endings, all with the same bits", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -380,8 +380,9 @@ def read_film(path, folders, cam, device):
 # ---- runs -------------------------------------------------------------------------------------------
 
 
-def read(folder, device, source, known):
-    """A run as a record: its facts, and its logits for the validation and test films (asked once)."""
+def read(folder, device, source, known, keep=False):
+    """A run as a record: its facts, its logits for the validation and test films (asked once), and, to
+    keep it for pictures, the network."""
     key = str(folder)
     if key in known:
         return known[key]
@@ -406,7 +407,7 @@ def read(folder, device, source, known):
         split = getattr(data, part)
         view = lambda index, images=split.images: prepare(images[index], device)  # noqa: E731
         record[part] = predict(model, view, len(split.labels))
-    record |= {"cost": cost(model, facts["size"]), "model": model}
+    record |= {"cost": cost(model, facts["size"]), "model": model if keep else None}
     known[key] = record
     return record
 
@@ -623,7 +624,7 @@ def main(argv=None):
     known = {}
     if args.image:
         return read_film(args.image, args.runs, args.cam, args.device)
-    records = [read(folder, args.device, args.data, known) for folder in args.runs]
+    records = [read(folder, args.device, args.data, known, bool(args.cam)) for folder in args.runs]
     if len({(*record["data"].classes, *record["data"].test.ids) for record in records}) > 1:
         raise UserError("one table needs one set of test films and classes, these runs were trained for "
                         "several: judge them in separate calls")

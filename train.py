@@ -309,11 +309,15 @@ def resume(args, now, model, optimizer):
     return facts["history"]
 
 
-def write_history(path, history):
+def write_history(path, history, board):
     with atomic(path) as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, history[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
+    if board:
+        for name, value in history[-1].items():
+            board.add_scalar(name, value, len(history))
+        board.flush()
 
 
 def train(args):
@@ -388,14 +392,8 @@ def train(args):
         if not math.isfinite(row["loss"]):
             raise UserError(f"the loss is {row['loss']} in epoch {epoch:g} at learning rate {lr:.2g}: lower "
                             f"--lr, or set --clip 1")
-        logits = predict(tail, val_view, len(data.val.labels)).to(device)
-        if world > 1:  # all must agree on when to stop
-            torch.distributed.broadcast(logits, 0)
-        logits = logits.cpu()
-        judged = metrics(logits, data.val.labels, data.classes)
-        row |= {"val_loss": label_loss(logits, data.val.labels).item()}
-        row |= {f"val_{k}": mean(judged[k]) for k in ("accuracy", "specificity", "sensitivity", "auc")}
-        row = {"epoch": epoch, **row, "lr": lr, "seconds": round(seconds, 2)}
+        judged, figures = validate(tail, val_view, data, device, world)
+        row = {"epoch": epoch, **row, **figures, "lr": lr, "seconds": round(seconds, 2)}
         score = "val_auc" if data.multilabel else "val_accuracy"
         better = all((row[score], -row["val_loss"]) > (r[score], -r["val_loss"]) for r in history)
         history.append(row)
@@ -403,22 +401,29 @@ def train(args):
         if better:  # a copy in memory, for the disk is slow
             best = copy.deepcopy(model), dict(facts)
         if rank == 0:
-            write_history(out / "history.csv", history)
+            write_history(out / "history.csv", history, board)
         if rank == 0 and (finished(args, row) or time.perf_counter() - saved >= SAVE_SECONDS):
             if best:
                 models.save_checkpoint(out / "best.pt", best[0], **best[1])
             state = {"history": history, "optimizer": optimizer.state_dict()}
             models.save_checkpoint(out / "last.pt", model, **facts, **state)  # the last to be written:
             best, saved = None, time.perf_counter()  # killed before, the run repeats what came since
-        if board:
-            for name, value in row.items():
-                board.add_scalar(name, value, len(history))
-            board.flush()
         print(describe(args, row) + ("  best" if better else ""), flush=True)
-    print(f"best accuracy: train {100 * max(r['train_accuracy'] for r in history):.1f}, "
-          f"validation {100 * max(r['val_accuracy'] for r in history):.1f}; lowest loss: train "
-          f"{min(r['loss'] for r in history):.3f}, validation {min(r['val_loss'] for r in history):.3f}; "
-          f"{sum(r['seconds'] for r in history):.0f} s of training; {args.out}/best.pt")  # fmt: skip
+    accuracy, val_accuracy = (100 * max(r[k] for r in history) for k in ("train_accuracy", "val_accuracy"))
+    loss, val_loss = (min(r[k] for r in history) for k in ("loss", "val_loss"))
+    print(f"best accuracy: train {accuracy:.1f}, validation {val_accuracy:.1f}; "
+          f"lowest loss: train {loss:.3f}, validation {val_loss:.3f}; "
+          f"{sum(r['seconds'] for r in history):.0f} s of training; {out}/best.pt")  # fmt: skip
+
+
+def validate(tail, view, data, device, world):
+    """All figures of the validation films, and those of them that go into the history."""
+    logits, labels = predict(tail, view, len(data.val.labels)).to(device), data.val.labels
+    if world > 1:  # all processes must agree on when to stop
+        torch.distributed.broadcast(logits, 0)
+    judged = metrics(logits.cpu(), labels, data.classes)
+    kept = {f"val_{k}": mean(judged[k]) for k in ("accuracy", "specificity", "sensitivity", "auc")}
+    return judged, {"val_loss": label_loss(logits.cpu(), labels).item(), **kept}
 
 
 def finished(args, row):
@@ -533,7 +538,6 @@ def get_args(argv=None):
     g.add_argument("--weight-decay", type=float, default=0.0, help="pull of all weights towards zero")
     g.add_argument("--clip", type=float, default=0.0, help="largest norm of the gradient, 0: any")
     g.add_argument("--label-smoothing", type=float, default=0.0, help="share of a label spread over all")
-
     g.add_argument("--stop-at", type=float, metavar="ACCURACY", help="end a teacher's training as soon as "
                    "validation passes it (a defective teacher); looked at ten times an epoch")  # fmt: skip
 

@@ -127,6 +127,8 @@ def table(folder, name, facts, shape, dtype, fill):
         except (ValueError, EOFError) as e:
             error = e
         print(f"{path} is damaged ({error}): made again", file=sys.stderr)
+    elif any(path.parent.glob(f"{name}-*.npy")):
+        print(f"{folder} holds {name} of other films or settings: made anew for these", file=sys.stderr)
     with atomic(path, sync=False) as part, open(part, "wb") as file:
         header = {"descr": dtype.str, "fortran_order": False, "shape": tuple(shape)}
         np.lib.format.write_array_header_1_0(file, header)

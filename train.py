@@ -259,7 +259,8 @@ def load_teacher(path, args, data, device):
         )
     stopped = stopped_at(facts)
     print(f"taught by {path}: {facts['arch']}{stopped}, {facts['size']} px, epoch {facts['epoch']:g}, "
-          f"validation accuracy {100 * mean(facts['validation']['accuracy']):.1f} %")
+          f"validation accuracy {100 * mean(facts['validation']['accuracy']):.1f} %"
+          + ("" if stopped else ", trained to the end"))  # fmt: skip
     split = data.train
     if facts["size"] != args.size:
         split = load_as(vars(args), facts["size"], ["train"]).train  # the same rows, at the teacher's size

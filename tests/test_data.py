@@ -231,7 +231,8 @@ def test_the_cache_is_made_again_when_what_it_was_made_from_changes(kermany, mon
     after = data.load(kermany, size, ("test",)).test.images
     assert (change not in ("file", "size")) == torch.equal(before, after)
     damaged = change in ("truncated", "spoiled")
-    assert ("damaged" in capsys.readouterr().err) == damaged
+    told = capsys.readouterr().err
+    assert ("damaged" in told) == damaged and ("made anew" in told) == (change in ("file", "version"))
     assert len(list((kermany.parent / "cache").iterdir())) == (1 if damaged else 2)
 
 

@@ -74,6 +74,26 @@ def test_one_process_writes_and_tells_and_the_run_can_be_taken_up_again(tmp_path
     assert models.load_checkpoint("run")[1]["epoch"] == 1
 
 
+def test_a_run_of_two_processes_that_both_died_is_taken_up_to_the_same_bits(tmp_path):
+    code = FEW + (
+        "import os\ntrain.SAVE_SECONDS, real, calls = 0, train.predict, []\n"
+        "def predict(*a):\n"
+        "    calls.append(1)\n"
+        "    if os.path.exists('die') and len(calls) == 2:\n"
+        "        os._exit(9)\n"
+        "    return real(*a)\n"
+        "train.predict = predict\ndata.run(train.main)\n"
+    )
+    assert torchrun("--out", "whole", code=code, port="29621").returncode == 0
+    Path("die").touch()
+    assert torchrun("--out", "cut", code=code, port="29623").returncode != 0
+    Path("die").unlink()
+    again = torchrun("--out", "cut", code=code, port="29625")
+    assert again.returncode == 0 and again.stdout.count("going on after epoch 1") == 1
+    a, b = (models.load_checkpoint(f"{run}/last.pt")[0].state_dict() for run in ("whole", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_a_process_that_dies_ends_the_run_with_an_error(tmp_path):
     dies = FEW + (
         "import os\nreal = train.predict\n"

@@ -71,7 +71,8 @@ def run(main):
 
 @contextmanager
 def atomic(path, sync=True):
-    """A name to write to; the file takes its place at `path` only once it is whole and on the disk."""
+    """A name to write to; the file takes its place at `path` only once it is whole and, if `sync`, on the
+    disk (a table is not waited for: its checksum tells)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -80,8 +81,8 @@ def atomic(path, sync=True):
             left.unlink(missing_ok=True)
     try:
         yield part
-        with open(part, "rb+") as file:
-            if sync:
+        if sync:
+            with open(part, "rb+") as file:
                 os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:

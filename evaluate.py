@@ -264,8 +264,12 @@ def grad_cam(model, images, target, layer=None):
     for it, the heat is 0 everywhere.
     """
     heat = raw_cam(model, images, target, layer).clamp(min=0)[:, None]
-    heat = F.interpolate(heat, size=images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    heat = resized(heat, images.shape[-2:])[:, 0]
     return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def resized(images, size):
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 
 # ---- pictures of it ---------------------------------------------------------------------------------
@@ -303,12 +307,12 @@ def draw_cams(path, runs, films, titles, targets, device, side=224):
 
     runs: (name, model, multilabel); films: for every run the same ones, at its own size.
     """
-    grey = resized(films[0].float(), side).expand(-1, 3, -1, -1)
+    grey = resized(films[0].float(), (side, side)).expand(-1, 3, -1, -1)
     columns = [[caption(tile, title) for tile, title in zip(grey, titles, strict=True)]]
     red = torch.tensor([255.0, 60, 0]).view(1, 3, 1, 1)
     for (name, model, multilabel), images in zip(runs, films, strict=True):
         x = prepare(images, device)
-        heat = resized(grad_cam(model, x, targets.to(device))[:, None].cpu(), side)
+        heat = resized(grad_cam(model, x, targets.to(device))[:, None].cpu(), (side, side))
         says = probabilities(predict(model, lambda index, x=x: x[index], len(x)), multilabel)
         texts = [f"{name} {100 * p:.0f} %" for p in says.gather(1, targets[:, None])[:, 0]]
         warm = grey + 0.6 * heat * (red - grey)  # where there is no heat the film stays as it is
@@ -317,10 +321,6 @@ def draw_cams(path, runs, films, titles, targets, device, side=224):
     with atomic(path) as part:
         write_png(make_grid(tiles, nrow=len(columns), padding=3), str(part))
     print(f"Grad-CAM of {len(targets)} films: {path}")
-
-
-def resized(images, side):
-    return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
 
 
 def caption(tile, text):

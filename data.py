@@ -5,6 +5,7 @@
 
     python data.py data/chest_xray               count and audit a folder
     python data.py --download data/chest_xray    fetch the public set, 1.2 GB
+    python data.py --phantoms phantoms.png       what the built-in films look like
 
 There is no Dataset, no DataLoader and no worker: a batch is `images[index]`. Validation is carved out
 of the training films by patient and depends on nothing but patients' names, never on a seed.
@@ -37,7 +38,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_image, write_png
+from torchvision.utils import make_grid
 
 VERSION = 2  # of what is written into caches: raise it when the same files would give other pixels
 URL = "https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded"  # noqa: E501
@@ -141,6 +143,19 @@ def table(folder, name, facts, shape, dtype, fill):
             crc = zlib.crc32(block, crc)
         file.write(b"%08x" % crc)
     return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it was typed, then every flag with its default, where it has one."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or isinstance(action.default, bool)
+        return action.help if silent else super()._get_help_string(action)
+
+
+def parser(usage, doc):
+    return argparse.ArgumentParser(usage=f"python {usage} [FLAGS]", description=doc, allow_abbrev=False,
+                                   formatter_class=lambda prog: Help(prog, 2, 32, 110))  # fmt: skip
 
 
 def device_flag(parser):
@@ -608,7 +623,7 @@ def prepare(images, device, theta=None):
     return torch.addcmul(shift, x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
 
 
-def random_affine(n, generator):
+def poses(n, generator):
     """(n, 2, 3): one small rotation, zoom and shift a film. No flips: the heart has a side."""
     angle, zoom, across, down = torch.rand(4, n, generator=generator) * 2 - 1
     angle, zoom = 0.12 * angle, 1 + 0.08 * zoom  # 7 degrees, 8 percent
@@ -652,6 +667,18 @@ def audit(source, classes=None):
     across = sum(len({f.part for f in same}) > 1 for same in copies)
     print(f"exact copies of another film: {sum(len(same) - 1 for same in copies)}, "
           f"of them across train and test: {across}")
+
+
+def show_phantoms(path, n=6, size=224):
+    """A picture of built-in films: a row without findings, one with opacities, the same ones outlined."""
+    images, labels, masks = phantoms(2 * n, size, PHANTOMS["test"][1])
+    films, extent = images.repeat(1, 3, 1, 1), masks[:, None].float()
+    rim = F.max_pool2d(extent, 3, 1, 1) > extent  # pixels that touch an opacity from outside
+    outlined = films.where(~rim, torch.tensor([255, 90, 0], dtype=torch.uint8).view(1, 3, 1, 1))
+    rows = torch.cat([films[labels == 0], films[labels == 1], outlined[labels == 1]])
+    with atomic(path) as part:
+        write_png(make_grid(rows, nrow=n, padding=3), str(part))
+    print(f"{n} built-in films without an opacity, {n} with, and where it is: {path}")
 
 
 def download(folder, url, sha256):
@@ -699,22 +726,27 @@ def fetch(url, part):
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("source", nargs="?", metavar="DIR", help="the folder to count and audit (or: phantoms)")
-    p.add_argument("--classes", type=int, choices=[2, 3], help="3: normal, bacterial, viral by file name")
-    p.add_argument("--download", metavar="DIR", help="fetch the public films into this new folder")
-    p.add_argument("--url", default=URL, help="from where (default: ChestXRay2017.zip at Mendeley Data)")
-    p.add_argument("--sha256", default=SHA256, help="what the archive must hash to (default: that file's)")
+    p = parser("data.py [DIR]", __doc__)
+    g = p.add_argument_group("what do I have")
+    g.add_argument("source", nargs="?", metavar="DIR", help="the folder to count and audit (or: phantoms)")
+    g.add_argument("--classes", type=int, choices=[2, 3], help="3: normal, bacterial, viral by file name")
+    g.add_argument("--phantoms", metavar="FILE.png", help="draw some of the built-in films")
+    g = p.add_argument_group("where do I get the public films")
+    g.add_argument("--download", metavar="DIR", help="fetch them into this new folder")
+    g.add_argument("--url", help="from where (default: ChestXRay2017.zip at Mendeley Data)")
+    g.add_argument("--sha256", help="what the archive must hash to (default: what that file does)")
     args = p.parse_args(argv)
-    if bool(args.source) == bool(args.download):
-        p.error("give either a folder to audit, or --download and a folder to fill")
+    if sum(map(bool, (args.source, args.download, args.phantoms))) != 1:
+        p.error("give one of: a folder to audit, --download and a folder to fill, --phantoms and a picture")
     return args
 
 
 def main(argv=None):
     args = get_args(argv)
     if args.download:
-        download(args.download, args.url, args.sha256)
+        download(args.download, args.url or URL, args.sha256 or SHA256)
+    elif args.phantoms:
+        show_phantoms(args.phantoms)
     else:
         audit(args.source, args.classes)
 

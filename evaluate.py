@@ -1,6 +1,9 @@
 """Judge trained runs on the test films: the only place where the test split is opened.
 
     python evaluate.py runs/demo/teacher runs/demo/baseline runs/demo/student-T1
+    python evaluate.py runs/demo/* --json results/demo.json       and kept: the tables, every figure
+    python evaluate.py results/demo.json                          what was kept, printed again
+    python evaluate.py runs/demo/student-T1 --export student.pt2  one run, to be used without this code
 
 One table, a row a run (runs that differ only in their seed share a row: mean and standard deviation),
 every figure with a 95 % interval from a bootstrap over patients; then what distillation changed, and a
@@ -10,10 +13,10 @@ Class 1 is the positive one: sensitivity is the share of pneumonias found, speci
 normals left alone. With more classes each is taken against the rest, and the macro mean shown.
 """
 
-import argparse
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,12 +25,12 @@ import torchvision
 from torchvision.io import write_png
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from data import UserError, atomic, decode, device_flag, load_as, origin, prepare, run
+from data import UserError, atomic, decode, device_flag, load_as, origin, parser, prepare, run
 from kd import mean_teacher
-from models import checkpoint_file, cost, forward, load_checkpoint
+from models import checkpoint_file, cost, exported, forward, load_checkpoint
 
-NAMES = ["accuracy", "specificity", "sensitivity", "precision", "f1", "auc", "ece"]  # the table's columns,
-SEVERAL = ["auc", "ap", "specificity", "sensitivity", "f1", "ece"]  # and with several findings a film
+NAMES = ["accuracy", "specificity", "sensitivity", "precision", "f1", "auc", "ece", "loss"]  # columns, in %
+SEVERAL = ["auc", "ap", "specificity", "sensitivity", "f1", "ece", "loss"]  # with several findings a film
 BINS = 15  # of the calibration error
 REPEATS = 1000  # of the bootstrap
 
@@ -117,11 +120,14 @@ def measure(logits, labels, weights, threshold=0.5):
         if logits.shape[1] > 2:
             out["accuracy"] = weights @ right.double() / weights.sum(1)
         out["ece"] = calibration_error(probability, right, weights)
-        return out
+        losses = F.cross_entropy(logits.double(), labels, reduction="none")
+        return {**out, "loss": weights @ losses / weights.sum(1)}
     right = (scores > 0.5) == (truth == 1)
     sure = torch.maximum(scores, 1 - scores)
     gaps = [calibration_error(sure[m, k], right[m, k], weights[:, m]) for k, m in columns]
-    return {**out, "ece": torch.stack(gaps, 1)}
+    losses = F.binary_cross_entropy_with_logits(logits.double(), truth, reduction="none").nan_to_num()
+    losses = weights @ losses / (weights @ (~truth.isnan()).double())
+    return {**out, "ece": torch.stack(gaps, 1), "loss": losses}
 
 
 def confusion(logits, labels, classes, threshold=0.5):
@@ -290,7 +296,7 @@ def pointing(records, device):
     for name, same in hits.items():
         samples = [weights @ hit.double() / weights.sum(1) for hit in same]
         rows.append([name, cell([hit.double().mean() for hit in same], samples)])
-    print_table([f"hottest point on an opacity, {len(chosen)} films", "%"], rows)
+    return markdown([f"hottest point on an opacity, {len(chosen)} films", "%"], rows)
 
 
 def hottest(record, chosen, target, device):
@@ -419,6 +425,7 @@ def judge(record):
     if len(data.classes) == 2 and not data.multilabel:
         thresholds["validation"] = youden_threshold(record["val"], data.val.labels)
     weights = bootstrap_weights(data.test.groups)  # the same samples for every run: differences are paired
+    record["validation"] = metrics(record["val"], data.val.labels, data.classes)
     record["at"] = {}
     for name, threshold in thresholds.items():
         samples = measure(logits, data.test.labels, weights, threshold)
@@ -436,6 +443,22 @@ def agreement(a, b, multilabel):
     return (calls[0] == calls[1]).double().mean().item()
 
 
+def export(path, record):
+    """A run as one file: a program from films in bytes to logits, and what there is to know of it."""
+    data, at = record["data"], record["at"]
+    about = {
+        "films": f"uint8 (any number, 1, {record['facts']['size']}, {record['facts']['size']}), grey",
+        "classes": data.classes,
+        "several_findings": data.multilabel,
+        "threshold": at.get("validation", at["0.5"])["threshold"],
+        **record["facts"]["provenance"],
+    }
+    program = exported(record["model"].cpu(), record["facts"]["size"])
+    with atomic(path) as part, open(part, "wb") as file:
+        torch.export.save(program, file, extra_files={"about.json": json.dumps(about, indent=1)})
+    print(f"exported {record['folder']} to {path}, with {', '.join(about)} in its about.json")
+
+
 def write_json(path, content):
     with atomic(path) as part:
         part.write_text(json.dumps(content, indent=1))
@@ -447,7 +470,7 @@ def figures(record):
     data = record["data"]
     return {
         "test": at,
-        "validation": metrics(record["val"], data.val.labels, data.classes),
+        "validation": record["validation"],
         "agreement_with_teacher": record.get("agreement"),
         "classes": data.classes,
         "films": len(data.test.labels),
@@ -480,14 +503,17 @@ def row_name(records):
     return f"{name} ({records[0]['args']['arch']}{seeds})"
 
 
-def cell(values, samples):
-    """In percent: the mean over the runs, their standard deviation, and the mean's interval over patients."""
-    values, samples = 100 * torch.tensor(values, dtype=torch.float64), torch.stack(samples)
-    if samples.dim() == 3:  # several findings: their mean, those aside that could not be judged
-        values, samples = values.nanmean(1), samples.nanmean(2)
-    low, high = (100 * interval(samples.mean(0))).tolist()
-    spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
-    return f"{values.mean():.1f}{spread} [{low:.1f}, {high:.1f}]"
+def cell(values, samples=None, unit=100, digits=1):
+    """The mean over the runs, their standard deviation, and the mean's interval over patients; in percent."""
+    values = unit * torch.tensor(values, dtype=torch.float64)
+    if values.dim() == 2:  # several findings: their mean, those aside that could not be judged
+        values = values.nanmean(1)
+    text = f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
+    if samples is None:
+        return text
+    samples = torch.stack(samples).mean(0)
+    low, high = (unit * interval(samples if samples.dim() == 1 else samples.nanmean(1))).tolist()
+    return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def mean(value):
@@ -495,13 +521,13 @@ def mean(value):
     return float(torch.as_tensor(value, dtype=torch.float64).nanmean())
 
 
-def print_table(header, rows):
+def markdown(header, rows):
+    """A table as lines of text, which a README can take as they are."""
     rows = [header, *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     rows.insert(1, ["-" * width for width in widths])
-    print()
-    for row in rows:
-        print("| " + " | ".join(f"{c:<{width}}" for c, width in zip(row, widths, strict=True)) + " |")
+    lines = [" | ".join(f"{c:<{width}}" for c, width in zip(row, widths, strict=True)) for row in rows]
+    return ["", *(f"| {line} |" for line in lines)]
 
 
 def floor_row(data, names):
@@ -511,42 +537,48 @@ def floor_row(data, names):
         commonest = data.test.labels.bincount().argmax()
         logits[:, commonest], title = 1, f"always {data.classes[commonest]}"
     floor = metrics(logits, data.test.labels, data.classes)
-    return [title, *("" if k == "ece" else f"{100 * mean(floor[k]):.1f}" for k in names)]
+    return [title, "", *("" if k in ("ece", "loss") else f"{100 * mean(floor[k]):.1f}" for k in names)]
 
 
-def show(records, with_grid=False):
-    """The tables: a row a variant, its runs pooled; then what distillation changed; then a report a run."""
+def tables(records, with_grid=False):
+    """Lines of text: a row a variant, its runs pooled; then what distillation changed."""
     data, groups = records[0]["data"], variants(records)
-    if with_grid:
-        grid(groups)
-    names = SEVERAL if data.multilabel else NAMES
+    names, score = (SEVERAL, "auc") if data.multilabel else (NAMES, "accuracy")
+    text = grid(groups) if with_grid else []
     for name in records[0]["at"]:
         rows = [floor_row(data, names)] if name == "0.5" else []
         for same in groups:
             at = [record["at"][name] for record in same]
-            cells = [cell([a[k] for a in at], [a["samples"][k] for a in at]) for k in names]
-            rows.append([row_name(same), *cells])
+            cells = [cell([a[k] for a in at], [a["samples"][k] for a in at],
+                          *((1, 3) if k == "loss" else ())) for k in names]  # fmt: skip
+            rows.append([row_name(same), cell([record["validation"][score] for record in same]), *cells])
         plain = f"{len(data.test.labels)} test films, %"
         title = plain if name == "0.5" else "at the threshold best on validation"
-        print_table([title, *names], rows)
+        text += markdown([title, f"validation {score}", *names], rows)
     if data.multilabel:
-        show_findings(groups, data)
-    print()
+        text += findings(groups, data)
+    text.append("")
     for students in groups:
         if "agreement" in students[0]:
             share = sum(s["agreement"] for s in students) / len(students)
-            print(f"{row_name(students)} makes its teacher's call on {100 * share:.1f} % of the test films")
+            text.append(f"{row_name(students)} makes its teacher's call on {100 * share:.1f} % of the films")
         for baselines in groups:
             if any(comparable(s, b) for s in students for b in baselines):
-                print(f"{row_name(students)} minus {row_name(baselines)}, in points: "
-                      + ", ".join(differences(students, baselines)))  # fmt: skip
-    for record in records if not data.multilabel else []:
-        print(f"\n{record['folder']}: best on validation in epoch {record['facts']['epoch']:g}\n")
-        print(report(record["at"]["0.5"]["confusion"], data.classes))
-        print(f"confusion (rows: truth, columns: call):\n{np.array(record['at']['0.5']['confusion'])}")
+                text.append(f"{row_name(students)} minus {row_name(baselines)}, in points: "
+                            + ", ".join(differences(students, baselines)))  # fmt: skip
+    return text
 
 
-def show_findings(groups, data):
+def reports(records):
+    """Lines of text: every run's figures by class."""
+    for record in records:
+        counts = record["at"]["0.5"]["confusion"]
+        yield f"\n{record['folder']}: best on validation in epoch {record['facts']['epoch']:g}\n"
+        yield report(counts, record["data"].classes)
+        yield f"confusion (rows: truth, columns: call):\n{np.array(counts)}"
+
+
+def findings(groups, data):
     """The AUC of every finding, and what each network is made of."""
     rows = []
     for k, finding in enumerate(data.classes):
@@ -558,7 +590,7 @@ def show_findings(groups, data):
     costs = (("parameters, M", "parameters", 1e6), ("multiply-adds, G", "multiply_adds", 1e9))
     for title, key, unit in costs:
         rows.append([title, "", *(f"{same[0]['cost'][key] / unit:.2f}" for same in groups)])
-    print_table(["AUC, %", "positives", *(row_name(same) for same in groups)], rows)
+    return markdown(["AUC, %", "positives", *(row_name(same) for same in groups)], rows)
 
 
 def stopped_at(facts):
@@ -586,8 +618,8 @@ def grid(groups):
         student = args["arch"] + stopped_at(facts)
         row[student] = f"{row[student]}; {text}" if student in row else text  # runs that differ in a flag
     students = sorted({student for row in cells.values() for student in row})
-    print_table(["train / val / test accuracy", *students],
-                [[by, *(row.get(student, "") for student in students)] for by, row in cells.items()])
+    return markdown(["train / val / test accuracy", *students],
+                    [[by, *(row.get(student, "") for student in students)] for by, row in cells.items()])
 
 
 def comparable(student, baseline):
@@ -608,23 +640,32 @@ def differences(students, baselines):
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
-    p.add_argument("--data", help="where the films are, if no longer where they were in training")
-    p.add_argument("--grid", action="store_true", help="first a table, teachers down and students across")
-    p.add_argument("--cam", metavar="FILE.png", help="draw Grad-CAM: a row a film, a column a run")
-    p.add_argument("--image", metavar="FILM", help="only read this film (JPEG or PNG) and say what it shows")
-    device_flag(p)
-    p.add_argument("--json", metavar="FILE", help="every run's metrics in one file, to keep")
-    return p.parse_args(argv)
+    p = parser("evaluate.py RUN [RUN ...]", __doc__)
+    g = p.add_argument_group("which runs, on which films")
+    g.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote, or a file of --json")
+    g.add_argument("--data", help="where the films are, if no longer where they were in training")
+    device_flag(g)
+    g = p.add_argument_group("what else is to be seen")
+    g.add_argument("--grid", action="store_true", help="first a table, teachers down and students across")
+    g.add_argument("--cam", metavar="FILE.png", help="Grad-CAM: a row a film, a column a run")
+    g.add_argument("--image", metavar="FILM", help="read this film (JPEG or PNG) and nothing else")
+    g = p.add_argument_group("what is to be kept")
+    g.add_argument("--json", metavar="FILE", help="the tables and every run's figures in one file")
+    g.add_argument("--export", metavar="FILE.pt2", help="the one RUN as a program that torch alone can run")
+    args = p.parse_args(argv)
+    if args.export and len(args.runs) > 1:
+        p.error(f"--export takes one run, got {len(args.runs)}: export them one by one")
+    return args
 
 
 def main(argv=None):
-    args = get_args(argv)
-    known = {}
+    args, known = get_args(argv), {}
+    if args.runs[0].endswith(".json"):
+        return print("\n".join(json.loads(Path(args.runs[0]).read_text())["tables"]))
     if args.image:
         return read_film(args.image, args.runs, args.cam, args.device)
-    records = [read(folder, args.device, args.data, known, bool(args.cam)) for folder in args.runs]
+    keep = bool(args.cam or args.export)
+    records = [read(folder, args.device, args.data, known, keep) for folder in args.runs]
     if len({(*record["data"].classes, *record["data"].test.ids) for record in records}) > 1:
         raise UserError("one table needs one set of test films and classes, these runs were trained for "
                         "several: judge them in separate calls")
@@ -638,13 +679,17 @@ def main(argv=None):
                 taught = mean_teacher(logits, record["args"]["T"], several)
                 record["agreement"] = agreement(record["test"], taught, several)
         write_json(record["folder"] / "metrics.json", figures(record))
-    show(records, args.grid)
+    text = tables(records, args.grid)
     if args.cam:
         show_cams(args.cam, records, args.device)
         if hasattr(records[0]["data"].test, "masks"):
-            pointing(records, args.device)
+            text += pointing(records, args.device)
+    print("\n".join([*text, *(reports(records) if not records[0]["data"].multilabel else [])]))
+    if args.export:
+        export(args.export, records[0])
     if args.json:
-        write_json(args.json, {str(record["folder"]): figures(record) for record in records})
+        runs = {str(record["folder"]): figures(record) for record in records}
+        write_json(args.json, {"tables": text, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import SqueezeExcitation
 
-from data import MEAN, STD, UserError, atomic
+from data import MEAN, STD, UserError, atomic, prepare
 
 SEAL = b"crc32=%08x"
 FORMAT = 2  # of a checkpoint: raise it when its facts change; a reader of another says so and does not guess
@@ -316,6 +316,25 @@ def cost(model, size):
         "depth": layers(model) - sum(layers(head) for head in heads),
         "megabytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6,
     }
+
+
+class Reader(nn.Module):
+    """A network with its normalisation: films as bytes in, logits out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, films):
+        return forward(self.model, prepare(films, films.device))[0]
+
+
+def exported(model, size):
+    """The network and its normalisation as a program of torch.export, for any number of films."""
+    reader = Reader(model).eval()
+    films = torch.zeros(2, 1, size, size, dtype=torch.uint8, device=next(model.parameters()).device)
+    reader(films)  # so that the constants of the normalisation exist, and are not made while it is traced
+    return torch.export.export(reader, (films,), dynamic_shapes=({0: torch.export.Dim("films")},))
 
 
 def checkpoint_file(path):

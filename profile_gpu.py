@@ -8,7 +8,6 @@ What is timed is train_one_epoch itself, fed as train.py feeds it. Times are med
 what is compared is measured in turns within one run. What this machine cannot measure is shown as n/a.
 """
 
-import argparse
 import os
 import tempfile
 import time
@@ -20,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.io import ImageReadMode, decode_image
 
-from data import decoding, device_flag, list_films, load, origin, prepare, run
-from evaluate import print_table, write_json
-from models import AUX_WEIGHT, bare_network, build, cost, features, forward, split
+from data import decoding, device_flag, list_films, load, origin, parser, prepare, run
+from evaluate import markdown, write_json
+from models import AUX_WEIGHT, bare_network, build, cost, exported, features, forward, split
 from train import RECIPES, films, rows, train_one_epoch
 
 NATIVE = {"inception_v3": 299}  # the side of the films a network was made for; 224 for the others
@@ -115,19 +114,22 @@ def training(arch, size, args, device):
 
 
 def inference(model, size, args, device):
-    """Latency of one film and throughput of many; without a GPU with one thread and with all of them."""
+    """Latency of one film, asked of the network and of its export, and throughput of many; from bytes to
+    logits, without a GPU with one thread and with all of them."""
     model.to(device, memory_format=torch.channels_last).eval()
-    one = prepare(torch.randint(0, 256, (1, 1, size, size), dtype=torch.uint8), device)
-    many = one.repeat(args.many, 1, 1, 1).contiguous(memory_format=torch.channels_last)
-    ask = torch.inference_mode()(lambda x: forward(model, x))
+    many = torch.randint(0, 256, (args.many, 1, size, size), dtype=torch.uint8, device=device)
+    ask = torch.inference_mode()(lambda films: forward(model, prepare(films, device)))
+    program = torch.inference_mode()(exported(model, size).module())
     out, threads = {}, torch.get_num_threads()
     for count in sorted({1, threads}) if device.type == "cpu" else [threads]:
         torch.set_num_threads(count)
-        single = sorted(in_turns({"": lambda: ask(one)}, device, 4 * args.rounds + 20)[""])
+        one = in_turns({"eager": lambda: ask(many[:1]), "exported": lambda: program(many[:1])},
+                       device, 4 * args.rounds + 20)  # fmt: skip
         batch = in_turns({"": lambda: ask(many)}, device, args.rounds)[""]
         out["GPU" if device.type == "cuda" else f"{count} thread{'s' * (count > 1)}"] = {
-            "median_ms": 1e3 * median(single),
-            "p95_ms": 1e3 * single[int(0.95 * len(single))],
+            "median_ms": 1e3 * median(one["eager"]),
+            "p95_ms": 1e3 * sorted(one["eager"])[int(0.95 * len(one["eager"]))],
+            "exported_ms": 1e3 * median(one["exported"]),
             "images_per_second": args.many / median(batch),
             "allocated_gb": gpu_usage(lambda: ask(many), device)["allocated_gb"],
         }
@@ -207,6 +209,10 @@ def show(value, digits=1, paper=None):
     return text if paper is None else f"{text} ({paper})"
 
 
+def print_table(header, rows):
+    print("\n".join(markdown(header, rows)))
+
+
 def print_report(report):
     """The tables, the paper's figures in brackets where it has any."""
     networks, source, nothing = report["networks"], report["provenance"], ("-",) * 3
@@ -225,7 +231,7 @@ def print_report(report):
     print_table(["network (the paper)", "depth", "parameters M", "auxiliary M", "multiply-adds M", "MB"], one)
     print_table(["training (the paper)", "GB allocated", "GB reserved", "GPU busy %", "images/s",
                  "GPU s per 1000 images", "hours"], five)  # fmt: skip
-    print_table(["inference", "on", "median ms", "95 % ms", "images/s", "GB allocated"], three)
+    print_table(["inference", "on", "median ms", "95 % ms", "exported ms", "images/s", "GB allocated"], three)
     if report["distillation"]:
         lines = [[name, *(show(v, 3) for v in d.values())] for name, d in report["distillation"].items()]
         print_table(["a step", "seconds", "ratio to a", "ratio to c"], lines)
@@ -251,16 +257,19 @@ def compression(teacher, student):
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("networks", nargs="+", metavar="ARCH", help="two of them: teacher, then student")
-    p.add_argument("--size", type=int, help="side of the films (default: 224; 299 for inception_v3)")
-    p.add_argument("--batch-size", type=int, default=32, help="films a training step (default: %(default)s)")
-    p.add_argument("--many", type=int, default=64, help="films at once in inference (default: %(default)s)")
-    p.add_argument("--steps", type=int, help="training steps timed together (default: 2, on a GPU 20)")
-    p.add_argument("--rounds", type=int, default=5, help="times that each is measured (default: %(default)s)")
-    p.add_argument("--data", metavar="DIR", help="also measure how soon the films in this folder are ready")
-    device_flag(p)
-    p.add_argument("--json", metavar="FILE", help="write every figure there")
+    p = parser("profile_gpu.py ARCH [ARCH ...]", __doc__)
+    g = p.add_argument_group("what is measured")
+    g.add_argument("networks", nargs="+", metavar="ARCH", help="two of them: teacher, then student")
+    g.add_argument("--size", type=int, help="side of the films; left out, 224, and 299 for inception_v3")
+    g.add_argument("--data", metavar="DIR", help="also how soon the films in this folder are ready")
+    g = p.add_argument_group("how much of it")
+    g.add_argument("--batch-size", type=int, default=32, help="films a training step")
+    g.add_argument("--many", type=int, default=64, help="films at once in inference")
+    g.add_argument("--steps", type=int, help="training steps timed together; left out, 2, on a GPU 20")
+    g.add_argument("--rounds", type=int, default=5, help="times that each is measured")
+    g = p.add_argument_group("where, and what is kept")
+    device_flag(g)
+    g.add_argument("--json", metavar="FILE", help="write every figure there")
     args = p.parse_args(argv)
     args.steps = args.steps or (20 if args.device.startswith("cuda") else 2)
     if min(args.batch_size, args.many, args.steps + 1, args.rounds + 1) < 2:

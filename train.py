@@ -6,10 +6,10 @@
     python train.py --role student --T 10 --data data/chest_xray        real films (recipe pneumonia)
 
 A run is a folder, runs/RECIPE/NAME: best.pt (best on validation), last.pt (to go on from), history.csv.
-A recipe is a set of defaults, nothing more; any flag overrides it.
+A recipe is a set of defaults, nothing more; any flag overrides it. --help shows those of the role, recipe
+and data that stand beside it.
 """
 
-import argparse
 import copy
 import csv
 import math
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import models
-from data import UserError, atomic, device_flag, load_as, origin, prepare, progress, random_affine, run, table
+from data import UserError, atomic, device_flag, load_as, origin, parser, poses, prepare, progress, run, table
 from evaluate import mean, metrics, predict, stopped_at
 from kd import distillation_loss, label_loss, mean_teacher
 from models import forward
@@ -371,7 +371,7 @@ def train(args):
         epoch, look = divmod(len(history), looks)
         generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch + 1)
         torch.manual_seed(1_000_003 * args.seed + 1 + len(history) + 7919 * rank)
-        theta = random_affine(n, generator).to(device) if args.augment else None
+        theta = poses(n, generator).to(device) if args.augment else None
         view = films(images, device, theta)
         if tail is not model:
             view = frozen or reaching(model, tail, view)
@@ -496,14 +496,10 @@ def check(p, args):
                 f"{args.arch}: give --weights imagenet or a file that holds all, or --finetune all")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults after every flag, and the description as it was typed."""
-
-
 def get_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
-    g = p.add_argument_group("what to train")
+    p = parser("train.py --role ROLE", __doc__)
+    g = p.add_argument_group("what is trained")
     g.add_argument("--role", required=True, choices=["teacher", "baseline", "student"], help="which one")
     g.add_argument("--recipe", choices=RECIPES, help="set of defaults: pneumonia with --data, else demo")
     g.add_argument("--arch", default="alexnet", help="the network, any classifier of torchvision")
@@ -523,12 +519,12 @@ def get_args(argv=None):
     g.add_argument("--input", default="film", choices=["film", "residual"], help="what networks read")
     g.add_argument("--augment", action="store_true", help="rotate, zoom and shift a little, anew each epoch")
 
-    g = p.add_argument_group("distillation (role student)")
+    g = p.add_argument_group("who teaches a student, and how")
     g.add_argument("--teacher", nargs="+", metavar="RUN", help="runs, or runs/RECIPE/teacher")
     g.add_argument("--T", type=float, default=1.0, help="temperature: 1 as it is, higher is softer")
     g.add_argument("--alpha", type=float, default=0.9, help="0 heeds labels only, 1 the teacher only")
 
-    g = p.add_argument_group("optimisation")
+    g = p.add_argument_group("how does it learn")
     g.add_argument("--epochs", type=int, default=20, help="passes over the films")
     g.add_argument("--batch-size", type=int, default=32, help="films a step")
     g.add_argument("--optimizer", default="sgd", choices=["sgd", "adam"], help="the kind")
@@ -542,10 +538,10 @@ def get_args(argv=None):
     g.add_argument("--stop-at", type=float, metavar="ACCURACY", help="end a teacher's training as soon as "
                    "validation passes it (a defective teacher); looked at ten times an epoch")  # fmt: skip
 
-    g = p.add_argument_group("machine")
+    g = p.add_argument_group("where does it run, and what is kept")
     g.add_argument("--seed", type=int, default=0, help="of weights, order, dropout and augmentation")
     device_flag(g)
-    g.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 on a GPU")
+    g.add_argument("--no-amp", dest="amp", action="store_false", help="float32 on a GPU, not bfloat16")
     g.add_argument("--tensorboard", action="store_true", help="write history.csv's curves there too")
     g.add_argument("--cache", default="cache", help="folder of decoded films and tables; may be deleted")
 

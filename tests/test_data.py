@@ -267,7 +267,7 @@ def test_prepare_normalises_by_imagenets_mean_and_deviation_and_is_channels_last
 
 
 def test_augmentation_moves_a_film_the_same_way_at_two_sizes_and_never_flips_it():
-    theta = data.random_affine(8, torch.Generator().manual_seed(1))
+    theta = data.poses(8, torch.Generator().manual_seed(1))
     assert (torch.linalg.det(theta[:, :, :2]) > 0.8).all()  # a flip has a negative determinant
     large, small = (data.prepare(data.phantoms(8, s, 3)[0], torch.device("cpu"), theta) for s in (96, 48))
     still = data.prepare(data.phantoms(8, 48, 3)[0], torch.device("cpu"))
@@ -392,3 +392,14 @@ def test_an_interrupted_write_leaves_the_old_file_whole(tmp_path):
         part.write_text("half")
         raise ZeroDivisionError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_picture_of_phantoms_rims_the_opacities_and_nothing_else():
+    data.main(["--phantoms", "phantoms.png"])
+    picture = data.decode_image(data.torch.from_numpy(data.np.fromfile("phantoms.png", data.np.uint8)))
+    assert picture.shape == (3, 3 * 227 + 3, 6 * 227 + 3)
+    coloured = picture[0] != picture[2]
+    healthy, sick, rimmed = coloured[: 3 * 227].split(227)
+    assert not healthy.any() and not sick.any()
+    for column in rimmed[:, : 6 * 227].split(227, dim=1):
+        assert 50 < column.sum() < 0.1 * column.numel()

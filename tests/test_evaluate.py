@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from conftest import fit
 
 import data
 import evaluate
+import models
 from evaluate import auc, bootstrap_weights, calibration_error, interval, measure, metrics, report
 
 LOGITS = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.5], [0.5, 0.0], [0.0, 2.0], [1.0, 0.0], [0.0, 0.5]])
@@ -98,6 +102,13 @@ def test_several_findings_have_one_value_each_and_unknown_labels_count_for_nothi
         assert m["confusion"][k] == alone["confusion"]
 
 
+def test_the_loss_is_the_mean_surprise_at_the_truth():
+    z, labels = torch.tensor([[0.0, 0.0], [0.0, math.log(3)]]), torch.tensor([1, 0])  # told 1/2 and 1/4
+    assert metrics(z, labels, ["a", "b"])["loss"] == pytest.approx(1.5 * math.log(2), abs=1e-7)
+    weights = torch.tensor([[3.0, 1.0]])
+    assert measure(z, labels, weights)["loss"].item() == pytest.approx(1.25 * math.log(2), abs=1e-7)
+
+
 def test_logits_that_are_not_finite_are_refused():
     with pytest.raises(data.UserError, match="diverged"):
         metrics(torch.tensor([[math.nan, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), ["a", "b"])
@@ -182,8 +193,11 @@ def test_one_table_holds_the_floor_the_three_runs_their_agreement_and_the_paired
 ):
     capsys.readouterr()
     evaluate.main([*three_runs, "--json", "all.json"])
-    assert set(json.loads(open("all.json").read())) == set(three_runs)
     text = capsys.readouterr().out
+    kept = json.loads(open("all.json").read())
+    assert set(kept["runs"]) == set(three_runs) and text.startswith("\n".join(kept["tables"]))
+    evaluate.main(["all.json"])
+    assert capsys.readouterr().out == "\n".join(kept["tables"]) + "\n"
     for wanted in ("| always NORMAL ", "| teacher (squeezenet1_1) ", "| baseline (", "| student (",
                    "student (squeezenet1_1) makes its teacher's call on", "16 test films",
                    "student (squeezenet1_1) minus baseline",
@@ -238,3 +252,37 @@ def test_classes_other_than_those_of_training_are_refused(kermany, few_phantoms)
     (kermany / "val/PNEUMONIA").rename(kermany / "val/COVID")
     with pytest.raises(data.UserError, match="'PNEUMONIA'.*'COVID'"):
         evaluate.main([args.out, "--data", str(kermany)])
+
+
+# ---- taken away
+
+
+def test_an_exported_run_needs_torch_alone_and_says_what_the_run_says(few_phantoms, capsys):
+    args = fit("--arch", "alexnet", "--size", "64", "--out", "student")
+    evaluate.main(["student", "--export", "student.pt2"])
+    assert "exported student to student.pt2" in capsys.readouterr().out
+    films = data.phantoms(7, 64, seed=5)[0]
+    torch.save(films, "films.pt")
+    alone = """
+import json, sys, torch
+about = {"about.json": ""}
+student = torch.export.load("student.pt2", extra_files=about).module()
+films = torch.load("films.pt")
+torch.save([student(films), student(films[:1]), json.loads(about["about.json"])], "said.pt")
+assert not {"torchvision", "models", "data"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", alone], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    seven, one, about = torch.load("said.pt")
+    model, facts = models.load_checkpoint("student")
+    with torch.no_grad():
+        logits = models.forward(model, data.prepare(films, torch.device("cpu")))[0]
+    assert (seven - logits).abs().max() < 1e-5 and (one - logits[:1]).abs().max() < 1e-5
+    assert about["classes"] == facts["classes"] and str(args.size) in about["films"]
+    stored = json.loads(open("student/metrics.json").read())["test"]["validation"]["threshold"]
+    assert about["threshold"] == stored and about["commit"]
+
+
+def test_only_one_run_can_be_exported(capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.get_args(["a", "b", "--export", "x.pt2"])
+    assert end.value.code == 2 and "--export takes one run" in capsys.readouterr().err

@@ -281,9 +281,7 @@ def test_saving_keeps_plain_values_only_so_that_loading_runs_no_code(tmp_path):
     model = models.build("squeezenet1_1", 2, 64)
     models.save_checkpoint(tmp_path / "a.pt", model, args=args, history=[{"a": 1.0}])
     _, facts = models.load_checkpoint(tmp_path / "a.pt")
-    assert facts["args"] == {"lr": 0.1, "teacher": ["a"], "clip": None} and facts["history"] == [
-        {"a": 1.0}
-    ]
+    assert facts["args"] == {"lr": 0.1, "teacher": ["a"], "clip": None} and facts["history"] == [{"a": 1.0}]
 
 
 # ---- residuals

@@ -173,13 +173,13 @@ def test_teacher_baseline_and_student_run_on_several_findings_and_are_judged_by_
                    "| multiply-adds, G ",
                    "makes its teacher's call", "s (squeezenet1_1) minus b (squeezenet1_1)"):  # fmt: skip
         assert wanted in text, wanted
-    stored = evaluate.json.loads(open("all.json").read())["t"]["test"]["0.5"]
+    stored = evaluate.json.loads(open("all.json").read())["runs"]["t"]["test"]["0.5"]
     truth = data.load("findings", 32, ("test",)).test.labels
     assert len(stored["auc"]) == 3 and f"{int(truth[:, 0].sum())} of 16" in text
     floor = next(line for line in text.splitlines() if line.startswith("| always the same"))
     prevalence = 100 * truth.mean(0).mean().item()
     wanted = ["50.0", f"{prevalence:.1f}", "100.0", "0.0"]  # AUC, AP, specificity, sensitivity
-    assert [cell.strip() for cell in floor.split("|")[2:6]] == wanted
+    assert [cell.strip() for cell in floor.split("|")[3:7]] == wanted
 
 
 BARE = ["--arch", "squeezenet1_1", "--size", "32", "--epochs", "2", "--batch-size", "8", "--lr", "0.01"]

@@ -71,6 +71,7 @@ def test_the_report_of_two_small_networks_holds_every_figure_that_a_cpu_can_meas
         assert network["training"]["images_per_second"] > 0 and network["training"]["allocated_gb"] is None
         assert all(i["p95_ms"] >= i["median_ms"] > 0 for i in network["inference"].values())
         assert "1 thread" in network["inference"]
+        assert all(i["exported_ms"] > 0 for i in network["inference"].values())
     ratios = [d["ratio_to_a"] for d in report["distillation"].values()]
     assert len(ratios) == 5 and ratios[0] == 1 and all(r > 0 for r in ratios)
     assert report["loading"]["films"] == 35 and "n/a" in text

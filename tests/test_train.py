@@ -3,16 +3,20 @@
 import csv
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SMALL, fit
 
 import data
+import evaluate
 import models
+import profile_gpu
 import train
 
 CPU = torch.device("cpu")
@@ -314,7 +318,7 @@ def test_under_augmentation_the_teacher_is_asked_about_the_very_view_the_student
     fit("--out", "teacher")
     args = train.get_args(["--role", "student", "--teacher", "teacher", "--augment", *SMALL])
     films = data.load("phantoms", 32)
-    theta = data.random_affine(24, torch.Generator().manual_seed(3))
+    theta = data.poses(24, torch.Generator().manual_seed(3))
     index = torch.tensor([3, 11])
     seen = []
     real = train.forward
@@ -411,7 +415,7 @@ def test_a_frozen_network_is_run_once_over_the_films_and_then_its_features_are_r
 
 
 def test_a_table_that_float16_cannot_hold_is_refused(tmp_path):
-    args = train.argparse.Namespace(cache=str(tmp_path))
+    args = SimpleNamespace(cache=str(tmp_path))
     with pytest.raises(data.UserError, match="finite features needed.*float16"):
         huge = lambda index: torch.full((len(index), 3), 1e5)  # noqa: E731
         train.tabulate(args, "features", [], huge, 4, train.np.float16)
@@ -508,6 +512,26 @@ def test_help_shows_the_defaults_of_the_recipe_and_role_it_is_asked_for(capsys):
         with pytest.raises(SystemExit) as end:
             train.get_args(argv)
         assert end.value.code == 0 and wanted in capsys.readouterr().out
+
+
+SCRIPTS = [data, evaluate, train, profile_gpu]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_help_begins_with_an_example_asks_questions_and_shows_every_default(script, capsys):
+    with pytest.raises(SystemExit):
+        script.get_args(["--help"])
+    page = capsys.readouterr().out
+    assert page.index(f"python {script.__name__}.py ", page.index("\n\n")) < page.index("options:")
+    headings = re.findall(r"^(\w.*):$", page, re.MULTILINE)
+    assert len(headings) >= 3 and {h.split()[0].strip(",") for h in headings} <= {"options", *QUESTIONS}
+    assert "None" not in page and max(map(len, page.splitlines())) <= 110
+    if script is train:
+        for default in ("default: inception_v3", "default: 0.02", "default: 0.9", "default: cache"):
+            assert default in page
+
+
+QUESTIONS = ("what", "which", "who", "how", "where", "on")
 
 
 def test_a_log_file_gets_one_line_an_epoch_and_no_progress_bar(few_phantoms, capsys):

@@ -516,6 +516,13 @@ def cell(values, samples=None, unit=100, digits=1):
     return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+def pooled(same, threshold, name):
+    """The cell of runs that share a row."""
+    at = [record["at"][threshold] for record in same]
+    unit = (1, 3) if name == "loss" else (100, 1)
+    return cell([a[name] for a in at], [a["samples"][name] for a in at], *unit)
+
+
 def mean(value):
     """Of a film's findings, those aside that could not be judged; of a single figure that figure."""
     return float(torch.as_tensor(value, dtype=torch.float64).nanmean())
@@ -544,17 +551,14 @@ def tables(records, with_grid=False):
     """Lines of text: a row a variant, its runs pooled; then what distillation changed."""
     data, groups = records[0]["data"], variants(records)
     names, score = (SEVERAL, "auc") if data.multilabel else (NAMES, "accuracy")
-    text = grid(groups) if with_grid else []
-    for name in records[0]["at"]:
-        rows = [floor_row(data, names)] if name == "0.5" else []
-        for same in groups:
-            at = [record["at"][name] for record in same]
-            cells = [cell([a[k] for a in at], [a["samples"][k] for a in at],
-                          *((1, 3) if k == "loss" else ())) for k in names]  # fmt: skip
-            rows.append([row_name(same), cell([record["validation"][score] for record in same]), *cells])
-        plain = f"{len(data.test.labels)} test films, %"
-        title = plain if name == "0.5" else "at the threshold best on validation"
-        text += markdown([title, f"validation {score}", *names], rows)
+    text, rows = grid(groups) if with_grid else [], [floor_row(data, names)]
+    for same in groups:
+        validated = cell([record["validation"][score] for record in same])
+        rows.append([row_name(same), validated, *(pooled(same, "0.5", k) for k in names)])
+    text += markdown([f"{len(data.test.labels)} test films, %", f"validation {score}", *names], rows)
+    if "validation" in records[0]["at"]:  # AUC, calibration and loss know no threshold
+        rows = [[row_name(same), *(pooled(same, "validation", k) for k in names[:5])] for same in groups]
+        text += markdown(["at the threshold best on validation", *names[:5]], rows)
     if data.multilabel:
         text += findings(groups, data)
     text.append("")

@@ -1,5 +1,6 @@
 """Small films and small networks: every test runs the real code on miniatures made here."""
 
+import csv
 import os
 import zlib
 
@@ -11,6 +12,9 @@ from torchvision.io import write_jpeg, write_png  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
+
+NIH_HEADER = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+NIH_HEADER += "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],\n"  # its commas as they are
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +83,48 @@ def mura(tmp_path):
         (root / f"train/XR_{part}/patient00001/study1_positive/._image1.png").write_bytes(b"junk")
     (root / "train_image_paths.csv").write_text("MURA-v1.1/train/XR_ELBOW/patient00001/...")
     return root
+
+
+@pytest.fixture
+def nih(tmp_path):
+    root = tmp_path / "ChestX-ray14"
+    rows = [("00000001_000.png", "Cardiomegaly|Emphysema", 1), ("00000001_001.png", "No Finding", 1),
+            ("00000002_000.png", "Pleural_Thickening", 2), ("00000003_000.png", "Infiltration|Mass", 3),
+            ("00000003_001.png", "Hernia", 3), ("00000004_000.png", "No Finding", 4),
+            ("00000005_000.png", "Mass", 5), ("00000006_000.png", "Mass", 6)]  # fmt: skip
+    text = "".join(
+        f"{name},{found},0,{patient},58,M,PA,2894,2729,0.143,0.143,\n" for name, found, patient in rows
+    )
+    for i, (name, _, _) in enumerate(rows):
+        film(root / f"images_{i % 2 + 1:03d}/images/{name}")
+    (root / "Data_Entry_2017.csv").write_text(NIH_HEADER + text)
+    (root / "train_val_list.txt").write_text("\n".join(name for name, _, p in rows if p < 5))
+    (root / "test_list.txt").write_text("\n".join(name for name, _, p in rows if p >= 5) + "\n")
+    return root
+
+
+@pytest.fixture
+def chexpert(tmp_path):
+    root = tmp_path / "CheXpert-v1.0-small"
+    names = next(layout for layout in data.LAYOUTS if layout["image"] == "Path")["classes"]
+    header = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", "No Finding", *names]
+    for part, patients in (("train", range(1, 7)), ("valid", range(64541, 64543))):
+        with open(root / f"{part}.csv", "w") if root.exists() else opened(root, part) as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            for patient in patients:
+                for view in ("frontal", "lateral"):
+                    path = f"{part}/patient{patient:05d}/study1/view1_{view}.jpg"
+                    film(root / path)
+                    values = ["1.0", "0.0", "-1.0", ""] + [""] * (len(names) - 4)
+                    row = [f"{root.name}/{path}", "Male", "60", view.title(), "AP", "", *values]
+                    writer.writerow(row)
+    return root
+
+
+def opened(root, part):
+    root.mkdir()
+    return open(root / f"{part}.csv", "w")
 
 
 SMALL = ["--arch", "squeezenet1_1", "--size", "32", "--epochs", "2", "--batch-size", "8", "--lr", "0.01"]

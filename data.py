@@ -49,7 +49,7 @@ FILM = re.compile(r"[^.].*\.(jpe?g|png)", re.IGNORECASE)  # and not .DS_Store, .
 # A patient, in the paths of the public set and of MURA. Bacteria and virus are two series of numbers:
 # person7_virus is another child than person7_bacteria, and NORMAL2-IM-0007 another than IM-0007.
 PATIENT = re.compile(r"person\d+_(?:bacteria|virus)|(?:NORMAL2-)?IM-\d+|(?:NORMAL|BACTERIA|VIRUS)-\d+"
-                     r"|patient\d+")  # fmt: skip
+                     r"|patient\d+")
 MOST_PIXELS, LEAST_SIDE = 100_000_000, 8  # what a picture may claim and still be a film
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for grey films all the same
 
@@ -155,7 +155,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 def parser(usage, doc):
     return argparse.ArgumentParser(usage=f"python {usage} [FLAGS]", description=doc, allow_abbrev=False,
-                                   formatter_class=lambda prog: Help(prog, 2, 32, 110))  # fmt: skip
+                                   formatter_class=lambda prog: Help(prog, 2, 32, 110))
 
 
 def device_flag(parser):
@@ -180,7 +180,7 @@ def origin():
         commit = "unknown"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"command": " ".join(sys.argv), "commit": commit, "torch": str(torch.__version__),
-            "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads"}  # fmt: skip
+            "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads"}
 
 
 def progress(items, text, total=None):
@@ -230,7 +230,7 @@ def draw(n, size, seed, findings):
         torch.cat([uniform(-0.45, 0.35, 3), uniform(-0.3, 0.3, 6)], 1),
         torch.cat([uniform(0.14, 0.24, 3), uniform(0.02, 0.05, 6)], 1),
         torch.cat([uniform(0.33, 0.53, 3) * (uniform(0, 3, 1) > torch.arange(3)), uniform(0.1, 0.25, 6)], 1),
-    ], dim=-1)  # (n, 9, 4)  # fmt: skip
+    ], dim=-1)  # (n, 9, 4)
     blobs[:, :3, 3] *= opacity[:, None]
     heart += 0.12 * large_heart
     haze, grain = uniform(-1, 1, 1, 12, 12), torch.randn(n, 1, 96, 96, generator=g)
@@ -256,7 +256,7 @@ def draw(n, size, seed, findings):
         spots = strength * torch.exp(-((x - bx) ** 2 + (y - by) ** 2) / (2 * radius**2)) * lungs.clamp(max=1)
         masks[i] = (spots[:3] > 0.5 * strength[:3].clamp(min=1e-3)).any(0)
         texture = [F.interpolate(t[i][None], size=(size, size), mode="bilinear", antialias=True)[0, 0]
-                   for t in (haze, grain)]  # fmt: skip
+                   for t in (haze, grain)]
         film = gain[i] * (film + spots.sum(0)) + 0.04 * texture[0] + 0.04 * texture[1] + 0.05
         images[i, 0] = (255 * film.clamp(0, 1)).to(torch.uint8)
     return images, masks, inside
@@ -274,7 +274,7 @@ def film(id, label, part, path=None, group=None, negative=False):
     patient (unknown: one of its own); negative: bright where others are dark."""
     kind = label if isinstance(label, int) else 0  # with several findings all are of one kind
     return SimpleNamespace(id=id, label=label, kind=kind, part=part, path=path, group=group or id,
-                           negative=negative)  # fmt: skip
+                           negative=negative)
 
 
 def list_films(source, classes=None, uncertain="ignore"):
@@ -317,7 +317,7 @@ def list_class_folders(root, classes):
     split = classes == 3 and names == ["NORMAL", "PNEUMONIA"]
     films = []
     for path in sorted(os.path.join(d, name) for folder in folders for d, _, found in os.walk(folder)
-                       for name in found if FILM.fullmatch(name)):  # fmt: skip
+                       for name in found if FILM.fullmatch(name)):
         id = path[len(str(root)) + 1 :].replace(os.sep, "/")  # strings, for a Path costs 30 microseconds
         part, folder, rest = id.split("/", 2)
         label = names.index(folder)
@@ -359,7 +359,7 @@ LAYOUTS = [
                  "pneumonia", "pneumothorax", "consolidation", "interstitial pattern", "emphysema",
                  "pulmonary fibrosis", "pleural thickening", "hiatal hernia"],
     ),
-]  # fmt: skip
+]
 
 
 def list_csv(root, layout, uncertain):
@@ -368,54 +368,49 @@ def list_csv(root, layout, uncertain):
     uncertain: a label of -1 is unknown and masked (ignore), or taken for 0 (zero) or 1 (one).
     """
     unsure = {"ignore": math.nan, "zero": 0.0, "one": 1.0}[uncertain]
-    column, wanted = layout.get("only", (None, []))
+    column, wanted = layout.get("only", (None, []))  # side views are left out
     needed = {layout["image"], layout["patient"], *layout.get("needs", layout["classes"])} | {column} - {None}
-    where = {}
-    if layout["image"] != "Path":
-        where = {name: os.path.join(d, name) for d, _, names in os.walk(root) for name in names}
-    tests, films, absent = layout["test"], [], 0
+    everywhere = [] if layout["image"] == "Path" else os.walk(root)
+    folders = {name: d for d, _, names in everywhere for name in names}
+    tests = layout["test"]
     if str(tests).endswith(".txt"):
         if not (root / tests).exists():
             raise UserError(f"{tests} needed in {root}, found none: it says which films are for the test")
         tests = set((root / tests).read_text().split())
+
+    def read(row, name):
+        id, patient = row[layout["image"]], row[layout["patient"]]
+        image = os.path.join(folders.get(id, root), id)
+        if layout["image"] == "Path":  # below the folder that the CSV lies in, whatever its name
+            image, patient = os.path.join(root, id.split("/", 1)[1]), PATIENT.search(id)[0]
+        if "found" in layout:
+            found = layout["found"](row)
+            label = [float(finding in found) for finding in layout["classes"]]
+        else:
+            values = [float(row[finding] or 0) for finding in layout["classes"]]
+            label = [unsure if value == -1 else value for value in values]
+        if isinstance(tests, float):
+            test = int.from_bytes(by_hash(f"test {patient}")[:4]) < tests * 2**32
+        else:
+            test = id in tests if isinstance(tests, set) else name == tests
+        negative = row.get("PhotometricInterpretation_DICOM") == "MONOCHROME1"
+        return film(id, label, "test" if test else "train", image, patient, negative)
+
+    films = []
     for path in sorted(path for pattern in layout["csv"] for path in root.glob(pattern)):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             try:
-                lacking = needed - set(rows.fieldnames or [])
-                if lacking:
-                    raise UserError(f"columns {', '.join(sorted(needed))} needed in {path}, found none "
-                                    f"called {', '.join(sorted(lacking))}: take the CSV as it was published")
-                for row in rows:
-                    if column and row[column] not in wanted:  # side views
-                        continue
-                    id, patient = row[layout["image"]], row[layout["patient"]]
-                    image = where.get(id, "")
-                    if layout["image"] == "Path":  # below the folder that the CSV lies in, whatever its name
-                        image, patient = os.path.join(root, id.split("/", 1)[1]), PATIENT.search(id)[0]
-                    if not os.path.exists(image):
-                        absent += 1
-                        continue
-                    if "found" in layout:
-                        found = layout["found"](row)
-                        label = [float(name in found) for name in layout["classes"]]
-                    else:
-                        values = [float(row[name] or 0) for name in layout["classes"]]
-                        label = [unsure if value == -1 else value for value in values]
-                    if isinstance(tests, float):
-                        test = int.from_bytes(by_hash(f"test {patient}")[:4]) < tests * 2**32
-                    else:
-                        test = id in tests if isinstance(tests, set) else path.name == tests
-                    negative = row.get("PhotometricInterpretation_DICOM") == "MONOCHROME1"
-                    films.append(film(id, label, "test" if test else "train", image, patient, negative))
-            except UserError:
-                raise
+                if lacking := needed - set(rows.fieldnames or []):
+                    raise LookupError(f"no column {', '.join(sorted(lacking))}")
+                films += [read(row, path.name) for row in rows if not column or row[column] in wanted]
             except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, csv.Error) as error:
-                raise UserError(f"{path}, line {rows.line_num}, is not as it was published ("
-                                f"{str(error).splitlines()[0]}): fetch it anew") from None  # fmt: skip
-    if absent:
-        print(f"{absent} films of the CSVs are not in {root}, and left out")
-    return films, layout["classes"]
+                raise UserError(f"{path} as it was published needed, found something else in line "
+                                f"{rows.line_num} ({str(error).splitlines()[0]}): fetch it anew") from None
+    there = [f for f in films if os.path.exists(f.path)]
+    if len(there) < len(films):
+        print(f"{len(films) - len(there)} films of the CSVs are not in {root}, and left out")
+    return there, layout["classes"]
 
 
 def by_hash(name):
@@ -530,13 +525,13 @@ def decoding(films, size):
         bad.extend(on_all_cores(one, films[start : start + len(block)]))
         if bad and start + len(block) == len(films):
             raise UserError(f"{len(bad)} of {len(films)} films cannot be read, mend or remove: "
-                            f"{'; '.join(bad)}")  # fmt: skip
+                            f"{'; '.join(bad)}")
 
     return fill
 
 
 def load(source, size, splits=("train", "val"), per_class=None, classes=None, val_fraction=0.1,
-         uncertain="ignore", cache="cache"):  # fmt: skip
+         uncertain="ignore", cache="cache"):
     """The splits asked for, each with .images (N, 1, size, size) uint8, .labels, .ids and .groups; labels
     are (N,) classes, or (N, K) floats where a film may have several findings (.multilabel).
 
@@ -572,7 +567,7 @@ def warn_of_copies(splits):
     for one, other in itertools.combinations(sums, 2):
         if same := len(sums[one] & sums[other]):
             print(f"{same} films of {other} are exact copies of films in {one}: remove them from one of the "
-                  f"two;  python data.py DIR  counts them", file=sys.stderr)  # fmt: skip
+                  f"two;  python data.py DIR  counts them", file=sys.stderr)
 
 
 def load_as(args, size, splits, source=None):
@@ -643,7 +638,7 @@ def audit(source, classes=None):
     for part in ("train", "val", "test"):
         mine = [f for f in films if f.part == part]
         columns = [[f for f in mine if (f.label == k if isinstance(f.label, int) else f.label[k] == 1)]
-                   for k in range(len(names))] + [mine]  # fmt: skip
+                   for k in range(len(names))] + [mine]
         if mine:
             cells = [f"{len(column)} ({len({f.group for f in column})})" for column in columns]
             print(f"{part:>18}" + "".join(f"{cell:>18}" for cell in cells))

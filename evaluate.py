@@ -158,7 +158,7 @@ def report(table, classes):
     table = torch.tensor(table, dtype=torch.float64)
     right, support, called = table.diag(), table.sum(1), table.sum(0)
     rows = torch.stack([right / called.clamp(min=1), right / support.clamp(min=1),
-                        2 * right / (support + called).clamp(min=1)], dim=1)  # (C, 3)  # fmt: skip
+                        2 * right / (support + called).clamp(min=1)], dim=1)  # (C, 3)
     n, width = int(support.sum()), max(len("weighted avg"), *(len(name) for name in classes))
     averages = {"macro avg": rows.mean(0), "weighted avg": (rows * support[:, None]).sum(0) / n}
 
@@ -223,7 +223,7 @@ def last_maps(model, images):
 
     aside = re.compile("Pool|Drop|Identity|Sequential")  # a Sequential is as good as its last layer
     hooks = [m.register_forward_hook(note) for m in model.modules()
-             if m is not model and not aside.search(type(m).__name__)]  # fmt: skip
+             if m is not model and not aside.search(type(m).__name__)]
     try:
         with torch.no_grad():
             model(images[:1])
@@ -569,7 +569,7 @@ def tables(records, with_grid=False):
         for baselines in groups:
             if any(comparable(s, b) for s in students for b in baselines):
                 text.append(f"{row_name(students)} minus {row_name(baselines)}, in points: "
-                            + ", ".join(differences(students, baselines)))  # fmt: skip
+                            + ", ".join(differences(students, baselines)))
     return text
 
 
@@ -614,7 +614,7 @@ def grid(groups):
         smooth = f", label smoothing {args['label_smoothing']:g}" if args["label_smoothing"] else ""
         by = " + ".join(facts["taught_by"]) or "no teacher" + smooth
         parts = [(r["facts"]["train_accuracy"], mean(r["facts"]["validation"]["accuracy"]),
-                  mean(r["at"]["0.5"]["accuracy"])) for r in same]  # fmt: skip
+                  mean(r["at"]["0.5"]["accuracy"])) for r in same]
         values = 100 * torch.tensor(parts, dtype=torch.float64)
         text = " / ".join(f"{value:.1f}" for value in values.mean(0))
         text += f" ± {values[:, 2].std():.1f}" if len(same) > 1 else ""
@@ -629,7 +629,7 @@ def grid(groups):
 def comparable(student, baseline):
     """The same network given the same films and seed, one with a teacher, one without."""
     same = ("seed", "data", "per_class", "classes", "arch", "size", "finetune", "weights", "epochs", "input",
-            "uncertain", "augment")  # fmt: skip
+            "uncertain", "augment")
     a, b = student["args"], baseline["args"]
     return (a["role"], b["role"]) == ("student", "baseline") and all(a[k] == b[k] for k in same)
 

@@ -52,7 +52,7 @@ def kd_loss(student_logits, teacher_logits, T):
     check(student_logits, teacher_logits, T)
     if student_logits.shape[1] < 2:
         raise ValueError("kd_loss needs at least 2 classes, got 1: softmax of one logit is always 1; "
-                         "use binary_kd_loss")  # fmt: skip
+                         "use binary_kd_loss")
     log_q = F.log_softmax(at_least_float32(student_logits) / T, dim=1)  # (B, C)
     log_p = F.log_softmax(at_least_float32(teacher_logits.detach()) / T, dim=1)  # (B, C)
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=1)  # (B,)

@@ -148,7 +148,7 @@ def refuse_impossible_size(model, arch, size):
     if not takes(size):
         possible = [s for s in (32, 48, 64, 80, 96, 112, 128, 160, 224, 299) if takes(s)]
         raise UserError(f"{arch} cannot read films of {size} x {size} pixels; of the usual sizes it takes "
-                        f"{', '.join(map(str, possible))}: choose one with --size")  # fmt: skip
+                        f"{', '.join(map(str, possible))}: choose one with --size")
     model.train()
 
 
@@ -390,7 +390,7 @@ def load_checkpoint(path):
         model.load_state_dict(content["model"])
     except RuntimeError as error:
         raise UserError(f"{path} does not fit {facts['arch']}, the network it names "
-                        f"({str(error).splitlines()[1].strip()}): it is damaged") from None  # fmt: skip
+                        f"({str(error).splitlines()[1].strip()}): it is damaged") from None
     kept = ("arch", "num_classes", "size", "aux", "transform_input", "input")
     model.facts = {name: facts[name] for name in kept}
     return model.eval().requires_grad_(False), facts

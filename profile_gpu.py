@@ -96,7 +96,7 @@ def make_epoch(arch, size, args, device):
 
     def epoch(learner=model, view=None, optimizer=sgd, teacher=None):
         train_one_epoch(learner, view or films(images, device), labels, parts, optimizer, teacher,
-                        aux_weight=AUX_WEIGHT.get(arch, 0.0), amp=device.type == "cuda")  # fmt: skip
+                        aux_weight=AUX_WEIGHT.get(arch, 0.0), amp=device.type == "cuda")
 
     return model, sgd, images, labels, parts, epoch
 
@@ -110,7 +110,7 @@ def training(arch, size, args, device):
     busy = used.pop("busy_seconds")
     hours = RECIPES["pneumonia"]["student"]["epochs"] * FILMS * wall / n / 3600
     return {**used, "gpu_busy_percent": busy and 100 * busy / wall, "images_per_second": n / wall,
-            "gpu_seconds_per_1000_images": busy and 1000 * busy / n, "hours": hours}  # fmt: skip
+            "gpu_seconds_per_1000_images": busy and 1000 * busy / n, "hours": hours}
 
 
 def inference(model, size, args, device):
@@ -124,7 +124,7 @@ def inference(model, size, args, device):
     for count in sorted({1, threads}) if device.type == "cpu" else [threads]:
         torch.set_num_threads(count)
         one = in_turns({"eager": lambda: ask(many[:1]), "exported": lambda: program(many[:1])},
-                       device, 4 * args.rounds + 20)  # fmt: skip
+                       device, 4 * args.rounds + 20)
         batch = in_turns({"": lambda: ask(many)}, device, args.rounds)[""]
         out["GPU" if device.type == "cuda" else f"{count} thread{'s' * (count > 1)}"] = {
             "median_ms": 1e3 * median(one["eager"]),
@@ -170,7 +170,7 @@ def distillation(teacher_arch, student_arch, sizes, args, device):
         "c teacher's table": lambda: epoch(teacher=table),
         "d teacher asked live": lambda: epoch(teacher=lambda index: forward(teacher, large(index))[0]),
         "e head on features": lambda: epoch(tail, reached, head_sgd),
-    }, device, args.rounds)  # fmt: skip
+    }, device, args.rounds)
     return {
         name: {
             "seconds_per_step": median(spent) / args.steps,
@@ -197,7 +197,7 @@ def loading(source, size):
             "decoding of a cold start": lambda: decoding(films, size)(block, 0),
             "cold start, with listing and writing": cold,
             "warm start": lambda: load(source, size, cache=cache),
-        }, device, rounds=7)  # fmt: skip
+        }, device, rounds=7)
     return {"films": len(films), "seconds": {name: median(spent) for name, spent in times.items()}}
 
 
@@ -223,14 +223,14 @@ def print_report(report):
         t, p5 = network["training"], PAPER_V.get(arch, nothing)
         one.append([f"{arch} at {network['size']}", show(c["depth"], 0, p1[0]),
                     show(c["parameters"] / 1e6, 2, p1[1]), show(c["auxiliary_parameters"] / 1e6, 2),
-                    show(c["multiply_adds"] / 1e6, 0, p1[2]), show(c["megabytes"], 0)])  # fmt: skip
+                    show(c["multiply_adds"] / 1e6, 0, p1[2]), show(c["megabytes"], 0)])
         five.append([arch, show(t["allocated_gb"], 2, p5[0]), show(t["reserved_gb"], 2),
                      show(t["gpu_busy_percent"], 1, p5[1]), show(t["images_per_second"]),
-                     show(t["gpu_seconds_per_1000_images"], 2), show(t["hours"], 2, p5[2])])  # fmt: skip
+                     show(t["gpu_seconds_per_1000_images"], 2), show(t["hours"], 2, p5[2])])
         three += [[arch, kind, *(show(v, 2) for v in i.values())] for kind, i in network["inference"].items()]
     print_table(["network (the paper)", "depth", "parameters M", "auxiliary M", "multiply-adds M", "MB"], one)
     print_table(["training (the paper)", "GB allocated", "GB reserved", "GPU busy %", "images/s",
-                 "GPU s per 1000 images", "hours"], five)  # fmt: skip
+                 "GPU s per 1000 images", "hours"], five)
     print_table(["inference", "on", "median ms", "95 % ms", "exported ms", "images/s", "GB allocated"], three)
     if report["distillation"]:
         lines = [[name, *(show(v, 3) for v in d.values())] for name, d in report["distillation"].items()]
@@ -282,12 +282,12 @@ def main(argv=None):
     device = torch.device(args.device)
     sizes = {arch: args.size or NATIVE.get(arch, 224) for arch in args.networks}
     report = {"provenance": origin(), "batch_size": args.batch_size, "steps": args.steps,
-              "rounds": args.rounds, "networks": {}, "distillation": None, "loading": None}  # fmt: skip
+              "rounds": args.rounds, "networks": {}, "distillation": None, "loading": None}
     for arch, size in sizes.items():
         published = bare_network(arch, aux=True)  # 1000 classes
         report["networks"][arch] = {"size": size, "cost": cost(published, size),
                                     "training": training(arch, size, args, device),
-                                    "inference": inference(published, size, args, device)}  # fmt: skip
+                                    "inference": inference(published, size, args, device)}
     if len(sizes) == 2:
         report["distillation"] = distillation(*sizes, sizes, args, device)
     if args.data:

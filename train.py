@@ -84,7 +84,7 @@ RECIPES = {  # RECIPES[name][role]: flag -> value
         teacher=dict(arch="resnet18"),
         student=dict(arch="mnasnet1_0"),
     ),
-}  # fmt: skip
+}
 LOOKS = 10  # a run that is to stop at some accuracy looks at validation so often an epoch
 
 
@@ -111,7 +111,7 @@ def objective(logits, labels, teacher_logits, T, alpha, label_smoothing):
 
 
 def train_one_epoch(model, view, labels, batches, optimizer, teacher=None, T=1.0, alpha=0.9,
-                    label_smoothing=0.0, aux_weight=0.0, clip=0.0, amp=False, rank=0, world=1):  # fmt: skip
+                    label_smoothing=0.0, aux_weight=0.0, clip=0.0, amp=False, rank=0, world=1):
     """One pass over `batches`, an iterable of index tensors; returns means over the films it saw.
 
     view(index) is what the model reads of those films, labels[index] the truth, and teacher(index) the
@@ -266,7 +266,7 @@ def load_teacher(path, args, data, device):
     stopped = stopped_at(facts)
     print(f"taught by {path}: {facts['arch']}{stopped}, {facts['size']} px, epoch {facts['epoch']:g}, "
           f"validation accuracy {100 * mean(facts['validation']['accuracy']):.1f} %"
-          + ("" if stopped else ", trained to the end"))  # fmt: skip
+          + ("" if stopped else ", trained to the end"))
     split = data.train
     if facts["size"] != args.size:
         split = load_as(vars(args), facts["size"], ["train"]).train  # the same rows, at the teacher's size
@@ -337,13 +337,8 @@ def train(args):
              "train_groups": sorted(set(data.train.groups)), "provenance": origin(),
              "films": [data.train.fingerprint, data.val.fingerprint],
              "teachers": [teacher["hash"] for teacher in teachers],
-             "taught_by": [teacher["name"] for teacher in teachers]}  # fmt: skip
-    if args.stop_at and data.multilabel:
-        raise UserError("--stop-at needs films of one class each, these may have several: leave it out")
-    share = 0 if data.multilabel else data.val.labels.bincount().max().item() / len(data.val.labels)
-    if args.stop_at and args.stop_at < share:
-        raise UserError(f"--stop-at must be {share:.3f} or more, which calling every film by the commonest "
-                        f"class reaches on validation, got {args.stop_at:g}")
+             "taught_by": [teacher["name"] for teacher in teachers]}
+    refuse_stop_at(args, data)
 
     torch.manual_seed(args.seed)
     model = models.build(args.arch, len(data.classes), args.size, args.weights)
@@ -394,7 +389,7 @@ def train(args):
             models.AUX_WEIGHT.get(args.arch, 0.0), args.clip,
             args.amp and device.type == "cuda",  # on most CPUs bfloat16 is far slower than float32
             rank, world,
-        )  # fmt: skip
+        )
         seconds = time.perf_counter() - start
         if not math.isfinite(row["loss"]):
             raise UserError(f"the loss is {row['loss']} in epoch {epoch:g} at learning rate {lr:.2g}: lower "
@@ -416,11 +411,25 @@ def train(args):
             models.save_checkpoint(out / "last.pt", model, **facts, **state)  # the last to be written:
             best, saved = None, time.perf_counter()  # killed before, the run repeats what came since
         print(describe(args, row) + ("  best" if better else ""), flush=True)
+    print(f"{summary(history)}; {out}/best.pt")
+
+
+def summary(history):
     accuracy, val_accuracy = (100 * max(r[k] for r in history) for k in ("train_accuracy", "val_accuracy"))
     loss, val_loss = (min(r[k] for r in history) for k in ("loss", "val_loss"))
-    print(f"best accuracy: train {accuracy:.1f}, validation {val_accuracy:.1f}; "
-          f"lowest loss: train {loss:.3f}, validation {val_loss:.3f}; "
-          f"{sum(r['seconds'] for r in history):.0f} s of training; {out}/best.pt")  # fmt: skip
+    return (f"best accuracy: train {accuracy:.1f}, validation {val_accuracy:.1f}; "
+            f"lowest loss: train {loss:.3f}, validation {val_loss:.3f}; "
+            f"{sum(r['seconds'] for r in history):.0f} s of training")
+
+
+def refuse_stop_at(args, data):
+    """A defective teacher must at least know more than which class is the commonest."""
+    if args.stop_at and data.multilabel:
+        raise UserError("--stop-at needs films of one class each, these may have several: leave it out")
+    share = 0 if data.multilabel else data.val.labels.bincount().max().item() / len(data.val.labels)
+    if args.stop_at and args.stop_at < share:
+        raise UserError(f"--stop-at must be {share:.3f} or more, which calling every film by the commonest "
+                        f"class reaches on validation, got {args.stop_at:g}")
 
 
 def validate(tail, view, data, device, world):
@@ -460,7 +469,7 @@ def describe(args, row):
 
 UNNAMED = ("role", "recipe", "data", "out", "T", "device", "cache", "amp", "tensorboard")  # not in names
 FLOORS = {"T": 0, "lr": 0, "epochs": 0, "size": 0, "lr_step": 0, "lr_gamma": 0, "per_class": 0, "seed": -1,
-          "batch_size": 1, "momentum": -1e-9, "weight_decay": -1e-9, "clip": -1e-9}  # fmt: skip
+          "batch_size": 1, "momentum": -1e-9, "weight_decay": -1e-9, "clip": -1e-9}
 
 
 def run_name(p, args):
@@ -511,7 +520,7 @@ def get_args(argv=None):
     g.add_argument("--arch", default="alexnet", help="the network, any classifier of torchvision")
     g.add_argument("--weights", default="none", help="to start from: none (random), imagenet, or a file")
     g.add_argument("--finetune", default="all", choices=["all", "fc", "head"],
-                   help="what learns: all layers, the fully connected ones, the new last one")  # fmt: skip
+                   help="what learns: all layers, the fully connected ones, the new last one")
     g.add_argument("--out", help="the run's folder (default: runs/RECIPE/NAME)")
 
     g = p.add_argument_group("on which films")
@@ -521,7 +530,7 @@ def get_args(argv=None):
     g.add_argument("--per-class", type=int, help="a balanced subset, at most so many films of each class")
     g.add_argument("--val-fraction", type=float, default=0.1, help="share of train kept for validation")
     g.add_argument("--uncertain", default="ignore", choices=["ignore", "zero", "one"],
-                   help="what CheXpert's uncertain labels count as")  # fmt: skip
+                   help="what CheXpert's uncertain labels count as")
     g.add_argument("--input", default="film", choices=["film", "residual"], help="what networks read")
     g.add_argument("--augment", action="store_true", help="rotate, zoom and shift a little, anew each epoch")
 
@@ -542,7 +551,7 @@ def get_args(argv=None):
     g.add_argument("--clip", type=float, default=0.0, help="largest norm of the gradient, 0: any")
     g.add_argument("--label-smoothing", type=float, default=0.0, help="share of a label spread over all")
     g.add_argument("--stop-at", type=float, metavar="ACCURACY", help="end a teacher's training as soon as "
-                   "validation passes it (a defective teacher); looked at ten times an epoch")  # fmt: skip
+                   "validation passes it (a defective teacher); looked at ten times an epoch")
 
     g = p.add_argument_group("where does it run, and what is kept")
     g.add_argument("--seed", type=int, default=0, help="of weights, order, dropout and augmentation")

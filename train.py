@@ -323,7 +323,8 @@ def write_history(path, history, board):
         writer.writerows(history)
     if board:
         for name, value in history[-1].items():
-            board.add_scalar(name, value, len(history))
+            part = "validation" if name.startswith("val_") else "training"  # two groups of curves on the page
+            board.add_scalar(f"{part}/{name.removeprefix('val_')}", value, len(history))
         board.flush()
 
 

@@ -217,7 +217,7 @@ def test_tensorboard_gets_the_figures_of_the_history(few_phantoms, monkeypatch):
     args = fit("--tensorboard")
     rows = list(csv.DictReader(open(f"{args.out}/history.csv")))
     drawn = {(name, step): value for name, value, step in written}
-    assert drawn["val_auc", 2] == pytest.approx(float(rows[1]["val_auc"]))
+    assert drawn["validation/auc", 2] == pytest.approx(float(rows[1]["val_auc"]))
     assert len(written) == 2 * len(rows[0])
 
 

@@ -54,146 +54,8 @@ MOST_PIXELS, LEAST_SIDE = 100_000_000, 8  # what a picture may claim and still b
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for grey films all the same
 
 
-# ---- plumbing the other scripts share -------------------------------------------------------------
-
-
 class UserError(ValueError):
     """A mistake that whoever typed the command can mend: what was needed, what was found, what to do."""
-
-
-def run(main):
-    """Call a script's main: the user's mistakes end in one line and exit code 1, ours in a traceback."""
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-@contextmanager
-def atomic(path, sync=True):
-    """A name to write to; the file takes its place at `path` only once it is whole and, if `sync`, on the
-    disk (a table is not waited for: its checksum tells)."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    for left in path.parent.glob(f".{path.name}.*.part"):  # by a process that was killed
-        if not alive(int(left.name.split(".")[-2])):
-            left.unlink(missing_ok=True)
-    try:
-        yield part
-        if sync:
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error}): what was there before is whole; make room, "
-                        f"and repeat the command") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's
-    return True
-
-
-def fingerprint(*facts):
-    """16 hex digits that change when any of the facts does."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def table(folder, name, facts, shape, dtype, fill):
-    """An array computed once, then mapped from a file at every start; fill(block, start) writes its rows
-    from `start` on into a block, so that a table may be larger than the memory.
-
-    Its file is named after the facts that it was made from, so one made from others is never read, and
-    ends in the array's CRC-32, so one that a crash or a bad disk spoiled is made again. That costs a
-    start .25 s a GB, and saves the wait until a new table is on the disk.
-    """
-    dtype = np.dtype(dtype)
-    path = Path(folder) / f"{name}-{fingerprint(VERSION, facts, shape, dtype)}.npy"
-    if path.exists():
-        try:
-            array = np.load(path, mmap_mode="c")  # pages are read when they are indexed
-            with open(path, "rb") as file:
-                file.seek(-8, os.SEEK_END)
-                if file.read() == b"%08x" % zlib.crc32(array):
-                    return torch.from_numpy(array)
-            error = "not the bytes that were written"
-        except (ValueError, EOFError) as e:
-            error = e
-        print(f"{path} is damaged ({error}): made again", file=sys.stderr)
-    elif any(path.parent.glob(f"{name}-*.npy")):
-        print(f"{folder} holds {name} of other films or settings: made anew for these", file=sys.stderr)
-    with atomic(path, sync=False) as part, open(part, "wb") as file:
-        header = {"descr": dtype.str, "fortran_order": False, "shape": tuple(shape)}
-        np.lib.format.write_array_header_1_0(file, header)
-        buffer, crc = np.empty((min(shape[0], 512), *shape[1:]), dtype), 0
-        for start in progress(range(0, shape[0], 512), f"making {path.name}"):
-            block = buffer[: shape[0] - start]
-            fill(block, start)
-            file.write(block)
-            crc = zlib.crc32(block, crc)
-        file.write(b"%08x" % crc)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The script's docstring as it was typed, then every flag with its default, where it has one."""
-
-    def _get_help_string(self, action):
-        silent = action.default is None or isinstance(action.default, bool)
-        return action.help if silent else super()._get_help_string(action)
-
-
-def parser(usage, doc):
-    return argparse.ArgumentParser(usage=f"python {usage} [FLAGS]", description=doc, allow_abbrev=False,
-                                   formatter_class=lambda prog: Help(prog, 2, 32, 110))
-
-
-def device_flag(parser):
-    def device(name):
-        try:
-            torch.empty(0, device=name)
-            return name
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise argparse.ArgumentTypeError(f"{name} cannot be used here ({reason}); try cpu") from None
-
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=device, default=default, help="cpu, cuda or cuda:N")
-
-
-def origin():
-    """What a number came from: command, commit, versions and machine."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:  # no git on this machine
-        commit = "unknown"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"command": " ".join(sys.argv), "commit": commit, "torch": str(torch.__version__),
-            "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads"}
-
-
-def progress(items, text, total=None):
-    """Pass `items` on; on a terminal, a bar within the line while they go by. A log file gets nothing."""
-    if not sys.stdout.isatty():
-        yield from items
-        return
-    total = total or len(items)
-    for done, item in enumerate(items):
-        filled = 24 * done // total
-        print(f"\r{text}  [{'=' * filled}{' ' * (24 - filled)}] {done}/{total}", end="", flush=True)
-        yield item
-    print("\r\033[K", end="", flush=True)
 
 
 # ---- phantoms: chest films drawn here ---------------------------------------------------------------
@@ -330,6 +192,8 @@ def list_class_folders(root, classes):
         patient = PATIENT.search(rest)
         part = "test" if part == test else "train"
         films.append(film(id, label, part, path, patient and patient[0]))
+    if films and all(f.group == f.id for f in films):
+        print("the films' names tell no patients: each film is taken for one, see PATIENT in data.py")
     return films, ["NORMAL", "BACTERIAL", "VIRAL"] if split else [n.removeprefix("XR_") for n in names]
 
 
@@ -552,6 +416,9 @@ def load(source, size, splits=("train", "val"), per_class=None, classes=None, va
     data = SimpleNamespace(classes=names, multilabel=multilabel, source=str(source))
     for part in splits:
         chosen = [f for f in films if f.part == part]
+        if not chosen and part == "test":
+            raise UserError(f"test films needed in {source}, found no folder test (nor valid): add one, with "
+                            f"films of patients who are not in train")
         missing = set(range(1 if multilabel else len(names))) - {f.kind for f in chosen}
         if missing:
             raise UserError(f"films of every class needed for {part}, found none of "
@@ -626,6 +493,144 @@ def poses(n, generator):
     return torch.stack([cos, -sin, 0.06 * across, sin, cos, 0.06 * down], dim=1).view(n, 2, 3)
 
 
+# ---- plumbing the other scripts share -------------------------------------------------------------
+
+
+def run(main):
+    """Call a script's main: the user's mistakes end in one line and exit code 1, ours in a traceback."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextmanager
+def atomic(path, sync=True):
+    """A name to write to; the file takes its place at `path` only once it is whole and, if `sync`, on the
+    disk (a table is not waited for: its checksum tells)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    for left in path.parent.glob(f".{path.name}.*.part"):  # by a process that was killed
+        if not alive(int(left.name.split(".")[-2])):
+            left.unlink(missing_ok=True)
+    try:
+        yield part
+        if sync:
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error}): what was there before is whole; make room, "
+                        f"and repeat the command") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True
+
+
+def fingerprint(*facts):
+    """16 hex digits that change when any of the facts does."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def table(folder, name, facts, shape, dtype, fill):
+    """An array computed once, then mapped from a file at every start; fill(block, start) writes its rows
+    from `start` on into a block, so that a table may be larger than the memory.
+
+    Its file is named after the facts that it was made from, so one made from others is never read, and
+    ends in the array's CRC-32, so one that a crash or a bad disk spoiled is made again. That costs a
+    start .25 s a GB, and saves the wait until a new table is on the disk.
+    """
+    dtype = np.dtype(dtype)
+    path = Path(folder) / f"{name}-{fingerprint(VERSION, facts, shape, dtype)}.npy"
+    if path.exists():
+        try:
+            array = np.load(path, mmap_mode="c")  # pages are read when they are indexed
+            with open(path, "rb") as file:
+                file.seek(-8, os.SEEK_END)
+                if file.read() == b"%08x" % zlib.crc32(array):
+                    return torch.from_numpy(array)
+            error = "not the bytes that were written"
+        except (ValueError, EOFError) as e:
+            error = e
+        print(f"{path} is damaged ({error}): made again", file=sys.stderr)
+    elif any(path.parent.glob(f"{name}-*.npy")):
+        print(f"{folder} holds {name} of other films or settings: made anew for these", file=sys.stderr)
+    with atomic(path, sync=False) as part, open(part, "wb") as file:
+        header = {"descr": dtype.str, "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        buffer, crc = np.empty((min(shape[0], 512), *shape[1:]), dtype), 0
+        for start in progress(range(0, shape[0], 512), f"making {path.name}"):
+            block = buffer[: shape[0] - start]
+            fill(block, start)
+            file.write(block)
+            crc = zlib.crc32(block, crc)
+        file.write(b"%08x" % crc)
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it was typed, then every flag with its default, where it has one."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or isinstance(action.default, bool)
+        return action.help if silent else super()._get_help_string(action)
+
+
+def parser(usage, doc):
+    return argparse.ArgumentParser(usage=f"python {usage} [FLAGS]", description=doc, allow_abbrev=False,
+                                   formatter_class=lambda prog: Help(prog, 2, 32, 110))
+
+
+def device_flag(parser):
+    def device(name):
+        try:
+            torch.empty(0, device=name)
+            return name
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise argparse.ArgumentTypeError(f"{name} cannot be used here ({reason}); try cpu") from None
+
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=default, help="cpu, cuda or cuda:N")
+
+
+def origin():
+    """What a number came from: command, commit, versions and machine."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:  # no git on this machine
+        commit = "unknown"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"command": " ".join(sys.argv), "commit": commit, "torch": str(torch.__version__),
+            "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads"}
+
+
+def progress(items, text, total=None):
+    """Pass `items` on; on a terminal, a bar within the line while they go by. A log file gets nothing."""
+    if not sys.stdout.isatty():
+        yield from items
+        return
+    total = total or len(items)
+    for done, item in enumerate(items):
+        filled = 24 * done // total
+        print(f"\r{text}  [{'=' * filled}{' ' * (24 - filled)}] {done}/{total}", end="", flush=True)
+        yield item
+    print("\r\033[K", end="", flush=True)
+
+
 # ---- the command line: download, count, audit -------------------------------------------------------
 
 
@@ -642,7 +647,7 @@ def audit(source, classes=None):
         if mine:
             cells = [f"{len(column)} ({len({f.group for f in column})})" for column in columns]
             print(f"{part:>18}" + "".join(f"{cell:>18}" for cell in cells))
-        if part in PAPER and names == ["NORMAL", "PNEUMONIA"]:
+        if part in PAPER and names == ["NORMAL", "PNEUMONIA"] and any(f.group != f.id for f in mine):
             print(f"{'the paper':>18}" + "".join(f"{n:>18}" for n in (*PAPER[part], sum(PAPER[part]))))
     train, test = ({f.group for f in films if f.part == part} for part in ("train", "test"))
     print(f"\npatients in both train and test: {len(train & test)}")

@@ -437,6 +437,14 @@ def judge(record):
         }
 
 
+def kept(path):
+    """The tables in a file that --json wrote."""
+    try:
+        return json.loads(Path(path).read_text())["tables"]
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"tables needed in {path}, found none: give a file that --json wrote") from None
+
+
 def agreement(a, b, multilabel):
     """The share of films (or of findings) on which two networks make the same call."""
     calls = [logits > 0 if multilabel else logits.argmax(1) for logits in (a, b)]
@@ -638,7 +646,7 @@ def differences(students, baselines):
     """Student minus baseline, seed by seed, on the same bootstrap samples."""
     pairs = [(s, b) for s in students for b in baselines if s["args"]["seed"] == b["args"]["seed"]]
     pairs = [(s["at"]["0.5"], b["at"]["0.5"]) for s, b in pairs]
-    for k in ("accuracy", "specificity", "sensitivity", "auc"):
+    for k in ("accuracy", "specificity", "sensitivity", "auc", "ece"):
         gains = [(torch.tensor(s[k]) - torch.tensor(b[k])).tolist() for s, b in pairs]
         yield f"{k} {cell(gains, [s['samples'][k] - b['samples'][k] for s, b in pairs])}"
 
@@ -665,7 +673,7 @@ def get_args(argv=None):
 def main(argv=None):
     args, known = get_args(argv), {}
     if args.runs[0].endswith(".json"):
-        return print("\n".join(json.loads(Path(args.runs[0]).read_text())["tables"]))
+        return print("\n".join(kept(args.runs[0])))
     if args.image:
         return read_film(args.image, args.runs, args.cam, args.device)
     keep = bool(args.cam or args.export)

@@ -29,7 +29,7 @@ def check(student_logits, teacher_logits, T):
 
 
 def at_least_float32(logits):
-    """Logits under bfloat16 autocast have 8 bits: soften in float32 (float64 stays what it is)."""
+    """Logits under bfloat16 autocast have 8 significant bits: soften in float32 (or float64)."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -43,7 +43,7 @@ def kd_loss(student_logits, teacher_logits, T):
     - The mean runs over films, not over films and classes ("batchmean", not "mean", in the words of
       F.kl_div): the other one makes the loss C times smaller, and alpha mean something else.
     - T^2 undoes the 1/T^2 by which a high temperature shrinks the gradient, which becomes
-      T (q - p) / B, so that alpha and the learning rate need not be retuned for every T.
+      T (q - p) / B, so that alpha and the learning rate need little retuning for every T.
     - Both sides are logs until the last moment: equal logits give exactly 0, and a probability that
       underflows gives 0 * finite instead of NaN.
     - The trap: on a single logit softmax is always 1, so the loss is 0 and trains nothing. Such
@@ -69,7 +69,7 @@ def binary_kd_loss(student_logits, teacher_logits, T, mask=None):
     out). The mean runs over films and findings that are not masked. Returns a scalar.
 
     The trap: kd_loss runs on such logits without complaint, but softmax cannot see a shift that all
-    findings share, so a student that calls every finding twice as likely would be thought perfect.
+    findings share, so a student that gives every finding twice the odds would be thought perfect.
     """
     check(student_logits, teacher_logits, T)
     z_student = at_least_float32(student_logits) / T

@@ -34,7 +34,6 @@ AUX_MIN_SIZE = {"inception_v3": 299, "googlenet": 64}
 AUX_NAMES = ("AuxLogits.", "aux1.", "aux2.")
 AUX_WEIGHT = {"inception_v3": 0.4, "googlenet": 0.3}  # in the loss, from the networks' own papers
 
-
 SE_RESNETS = {"seresnet50": [3, 4, 6, 3], "seresnet101": [3, 4, 23, 3]}  # blocks; torchvision has none
 
 
@@ -125,6 +124,9 @@ def build(arch, num_classes, size=None, weights="none"):
 
 
 def replace_heads(model, num_classes):
+    if not heads(model):
+        raise UserError("a layer with 1000 outputs needed at the network's end, to be replaced, found none: "
+                        "give the network one")
     model.head_name = heads(model)[-1]  # remembered, because afterwards it has 1000 outputs no more
     for name in heads(model):
         old = model.get_submodule(name)
@@ -157,7 +159,8 @@ def read_weights(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"weights needed at {path}, found no such file: check the path") from None
+        raise UserError(f"weights needed at {path}, found no such file: check the path, or train that run "
+                        f"first") from None
     except Exception as error:  # torch.load fails in many ways, and says much: its first line is enough
         why = (str(error) or "it ends too soon").splitlines()[0][:80]
         raise UserError(f"{path} is not a readable file of weights, it may be damaged or come from another "
@@ -194,7 +197,11 @@ def imagenet_file(arch):
     torchvision compares a file with the hash in its name only while downloading; a file that was put
     there by hand, or truncated since, it would load unasked.
     """
-    kinds = torchvision.models.get_model_weights(arch.removeprefix("se"))  # an SE-ResNet takes a ResNet's
+    try:
+        kinds = torchvision.models.get_model_weights(arch.removeprefix("se"))  # an SE-ResNet takes a ResNet's
+    except ValueError:
+        raise UserError(f"ImageNet weights of {arch} needed, torchvision has none: give --weights none, or a "
+                        f"file") from None
     url = getattr(kinds, "IMAGENET1K_V1", kinds.DEFAULT).url
     name = os.path.basename(urlparse(url).path)
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
@@ -232,7 +239,7 @@ def seen(model, images):
 
 
 def residuals(images):
-    """Noise residuals (SRM, Fridrich & Kodovsky 2012; document A's side section): (B, 3, H, W) in [-1, 1].
+    """Noise residuals (SRM, Fridrich & Kodovsky 2012; arXiv 2406.08837): (B, 3, H, W) in [-1, 1].
 
     Predicted minus pixel, divided by c, rounded and cut at 2: predicted from one neighbour (c = 1), from the
     two on either side (order 2, c = 3), both the least over directions, and from all eight (order 4, c = 6).
@@ -265,7 +272,7 @@ def split(model, finetune):
     model.requires_grad_(False).eval()
     for layer in tail.modules():
         if isinstance(layer, nn.Linear):
-            layer.reset_parameters()  # document A: "initialised anew", all three of AlexNet's
+            layer.reset_parameters()  # arXiv 2406.08837: "initialised anew", all three of AlexNet's
     return tail.requires_grad_(True)
 
 

@@ -42,7 +42,7 @@ RECIPES = {  # RECIPES[name][role]: flag -> value
         teacher=dict(arch="inception_v3", size=112, epochs=8, lr=0.02, lr_step=5),
         student=dict(arch="alexnet", size=80, per_class=10, epochs=60, lr=0.03, lr_step=40),
     ),
-    # Document A, arXiv 2406.08837. It does not state batch size, epochs, momentum or alpha: ours.
+    # arXiv 2406.08837, the paper. It does not state batch size, epochs, momentum or alpha: ours.
     "pneumonia": recipe(
         dict(weights="imagenet", finetune="fc", epochs=20, lr_step=7, lr_gamma=0.9),
         teacher=dict(arch="inception_v3", size=299, lr=5e-3),
@@ -59,21 +59,21 @@ RECIPES = {  # RECIPES[name][role]: flag -> value
         teacher=dict(arch="inception_v3", size=112, lr=0.03),
         student=dict(arch="alexnet", size=80, batch_size=64, lr=0.04),
     ),
-    # Document B, a course report (National Tsing Hua University, 2023); --finetune head for its fixed
+    # A course report (National Tsing Hua University, 2023); --finetune head for its fixed
     # features. Epochs and learning rate are ours. Its 1000 films a class are parted 800 / 200.
     "course": recipe(
         dict(weights="imagenet", per_class=1000, val_fraction=0.2, epochs=25, lr=1e-3, lr_gamma=0.1),
         teacher=dict(arch="googlenet"),
         student=dict(arch="alexnet"),
     ),
-    # Document D, a dissertation after arXiv 1909.11723: 2201 + 250 films a class. T is ours.
+    # A dissertation (MSc, 2021) after arXiv 1909.11723: 2201 + 250 films a class. T is ours.
     "mura": recipe(
         dict(weights="imagenet", per_class=2451, val_fraction=0.102, optimizer="adam", lr=1e-4, lr_gamma=1.0,
              batch_size=16, epochs=20, T=4.0),
         teacher=dict(arch="seresnet50"),
         student=dict(arch="resnet18"),
     ),
-    # Document C, arXiv 2305.06244: several findings a film. mnasnet1_0 stands in for its EEEA-Net-C2.
+    # arXiv 2305.06244: several findings a film. mnasnet1_0 stands in for its EEEA-Net-C2.
     "multilabel": recipe(
         dict(weights="imagenet", epochs=10, lr_step=4, lr_gamma=0.1, clip=1.0, T=4.0),
         teacher=dict(arch="densenet161"),
@@ -111,7 +111,7 @@ def objective(logits, labels, teacher_logits, T, alpha, label_smoothing):
 
 
 def train_one_epoch(model, view, labels, batches, optimizer, teacher=None, T=1.0, alpha=0.9,
-                    label_smoothing=0.0, aux_weight=0.0, clip=0.0, amp=False, rank=0, world=1):
+                    label_smoothing=0.0, aux_weight=0.0, clip=0.0, amp=False):
     """One pass over `batches`, an iterable of index tensors; returns means over the films it saw.
 
     view(index) is what the model reads of those films, labels[index] the truth, and teacher(index) the
@@ -121,14 +121,12 @@ def train_one_epoch(model, view, labels, batches, optimizer, teacher=None, T=1.0
 
     With several processes each takes its share of every batch, and gradients are added up: the same step
     as one process would make, but for BatchNorm's statistics and dropout, which each process has of its own.
+    With one, share() is the batch, and add_up() and from_first() do nothing.
     """
     model.train()  # the teacher was put in eval mode when it was loaded; nothing here owns or moves it
     sums, seen = torch.zeros(4, device=labels.device), 0
     for batch in batches:
-        index, weight = batch, 1 / world  # a short last batch: all take the whole, for BatchNorm needs two
-        if len(batch) >= 2 * world:
-            index = batch[rank::world]
-            weight = len(index) / len(batch)
+        index, weight = share(batch)
         teacher_logits = None
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=amp):
             logits, aux = forward(model, view(index))  # (B, C)
@@ -141,8 +139,7 @@ def train_one_epoch(model, view, labels, batches, optimizer, teacher=None, T=1.0
             loss = loss + aux_weight * objective(aux_logits, *targets)[0]
         optimizer.zero_grad(set_to_none=True)
         (loss * weight).backward()
-        if world > 1:
-            add_up([p.grad for p in model.parameters() if p.grad is not None])
+        add_up([p.grad for p in model.parameters() if p.grad is not None])
         if clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
@@ -150,30 +147,47 @@ def train_one_epoch(model, view, labels, batches, optimizer, teacher=None, T=1.0
             means = torch.stack([loss, hard, soft, accuracy(logits, labels[index])])
             sums += weight * len(batch) * means
         seen += len(batch)
-    if world > 1:
-        add_up([sums])
-        for value in model.buffers():  # BatchNorm's averages: those of the first process
-            torch.distributed.broadcast(value, 0)
+    add_up([sums])
+    from_first(*model.buffers())  # BatchNorm's averages
     loss, hard, soft, right = (sums / seen).tolist()
     return {"loss": loss, "hard": hard, "soft": soft, "train_accuracy": right}
 
 
+def processes():
+    """rank, world: which one of torchrun's processes this is, 0 of 1 without it."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def share(batch):
+    """This process's films of a batch, and their share of it. Of a batch too short to leave everyone the two
+    films that BatchNorm needs, all take the whole."""
+    rank, world = processes()
+    index = batch[rank::world]
+    return (index, len(index) / len(batch)) if len(batch) >= 2 * world else (batch, 1 / world)
+
+
 def add_up(tensors):
     """Replace each tensor by its sum over the processes, all in one message."""
+    if processes() == (0, 1):
+        return
     flat = torch.cat([t.flatten() for t in tensors])
     torch.distributed.all_reduce(flat)
     for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         t.copy_(part.view_as(t))
 
 
-def processes():
-    """rank, world: which one of torchrun's processes this is, 0 of 1 without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def from_first(*tensors):
+    """Replace each tensor by the first process's."""
+    for tensor in tensors if processes() != (0, 1) else []:
+        torch.distributed.broadcast(tensor, 0)
 
 
 @contextmanager
-def first_alone(rank, world):
+def first_alone():
     """What the first process decodes or asks, the others then find in the cache."""
+    rank, world = processes()
     if world > 1 and rank:
         torch.distributed.barrier()
     yield
@@ -198,7 +212,7 @@ def resident(tensor, device):
     return tensor
 
 
-def films(images, device, theta=None):
+def view_films(images, device, theta=None):
     """view(index): those films as a network reads them, moved by their affine matrices if there are any."""
 
     def view(index):
@@ -208,17 +222,17 @@ def films(images, device, theta=None):
     return view
 
 
-def reaching(model, tail, view):
+def view_features(model, tail, view):
     """view(index): those films as they reach the tail, behind the frozen rest of the network."""
     return torch.no_grad()(lambda index: models.features(model, tail, view(index)))
 
 
-def asked(model, view):
+def view_answers(model, view):
     """view(index): what a teacher says of those films, its logits."""
     return torch.no_grad()(lambda index: forward(model, view(index))[0])
 
 
-def rows(table, device):
+def view_rows(table, device):
     """view(index): rows of a table made beforehand, of features or of logits."""
     table = resident(table, device)
     return lambda index: table[index.to(table.device)].to(device).float()
@@ -247,7 +261,7 @@ def tabulate(args, name, facts, view, n, dtype=np.float32):
 def feature_table(args, model, tail, split, view):
     """A table of what reaches the tail; float16, for VGG16 has 25,088 numbers a film."""
     facts = [args.arch, args.size, args.finetune, models.frozen_hash(model), split.fingerprint]
-    return tabulate(args, "features", facts, reaching(model, tail, view), len(split.labels), np.float16)
+    return tabulate(args, "features", facts, view_features(model, tail, view), len(split.labels), np.float16)
 
 
 def load_teacher(path, args, data, device):
@@ -274,8 +288,9 @@ def load_teacher(path, args, data, device):
     images, digest = resident(split.images, device), models.file_hash(models.checkpoint_file(path))
     logits = None
     if not args.augment:
-        key, view = [digest, facts["size"], split.fingerprint], asked(model, films(images, device))
-        logits = rows(tabulate(args, "teacher", key, view, len(split.labels)), device)
+        key = [digest, facts["size"], split.fingerprint]
+        answers = view_answers(model, view_films(images, device))
+        logits = view_rows(tabulate(args, "teacher", key, answers, len(split.labels)), device)
     name = facts["arch"] + stopped
     return {"model": model, "images": images, "hash": digest, "logits": logits, "name": name}
 
@@ -283,7 +298,8 @@ def load_teacher(path, args, data, device):
 def make_teacher(teachers, args, multilabel, device, theta=None):
     """teacher(index): logits from the teachers' tables, or live about the very view of a film that the
     student has, moved by the same matrices. Several teachers speak with one voice, their mean."""
-    voices = [t["logits"] or asked(t["model"], films(t["images"], device, theta)) for t in teachers]
+    voices = [t["logits"] or view_answers(t["model"], view_films(t["images"], device, theta))
+              for t in teachers]
     return lambda index: mean_teacher([voice(index) for voice in voices], args.T, multilabel)
 
 
@@ -329,8 +345,8 @@ def write_history(path, history, board):
 
 
 def train(args):
-    device, out, (rank, world) = torch.device(args.device), Path(args.out), processes()
-    with first_alone(rank, world):
+    device, out, rank = torch.device(args.device), Path(args.out), processes()[0]
+    with first_alone():
         data = load_as(vars(args), args.size, ["train", "val"])
         teachers = [load_teacher(path, args, data, device) for path in args.teacher or []]
     n, labels = len(data.train.labels), data.train.labels.to(device)
@@ -359,48 +375,48 @@ def train(args):
         print(f"going on after epoch {history[-1]['epoch']:g}")
     board = tensorboard(out, len(history)) if args.tensorboard and rank == 0 else None
     images, frozen = resident(data.train.images, device), None
-    val_view = films(resident(data.val.images, device), device)
+    val_view = view_films(resident(data.val.images, device), device)
     if tail is not model:
-        with first_alone(rank, world):
-            val_view = rows(feature_table(args, model, tail, data.val, val_view), device)
+        with first_alone():
+            val_view = view_rows(feature_table(args, model, tail, data.val, val_view), device)
             if not args.augment:
-                frozen = rows(feature_table(args, model, tail, data.train, films(images, device)), device)
+                seen = view_films(images, device)
+                frozen = view_rows(feature_table(args, model, tail, data.train, seen), device)
 
     best, saved, n_batches = None, time.perf_counter(), len(batches(n, args.batch_size, None))
     looks = min(LOOKS, n_batches) if args.stop_at else 1  # mostly one, at the end of every epoch
     while not history or not finished(args, history[-1]):
         # Every random choice of an epoch follows from seed and epoch: a run can go on from any of them.
         epoch, look = divmod(len(history), looks)
-        generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch + 1)
-        torch.manual_seed(1_000_003 * args.seed + 1 + len(history) + 7919 * rank)
+        generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch + 1)  # order, augmentation
+        torch.manual_seed(1_000_003 * args.seed + 1 + len(history) + 7919 * rank)  # dropout
         theta = poses(n, generator).to(device) if args.augment else None
-        view = films(images, device, theta)
+        view = view_films(images, device, theta)
         if tail is not model:
-            view = frozen or reaching(model, tail, view)
+            view = frozen or view_features(model, tail, view)
         teacher = make_teacher(teachers, args, data.multilabel, device, theta) if teachers else None
         lr = args.lr * args.lr_gamma ** (epoch // args.lr_step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         parts = batches(n, args.batch_size, generator, device)[look::looks]
-        epoch = len(history) + 1 if looks == 1 else (len(history) + 1) / looks  # done after this: 3, or 0.3
-        parts = progress(parts, f"epoch {epoch:>2g}/{args.epochs}")
+        done = len(history) + 1 if looks == 1 else (len(history) + 1) / looks  # epochs after this: 3, or 0.3
+        parts = progress(parts, f"epoch {done:>2g}/{args.epochs}")
         start = time.perf_counter()
         row = train_one_epoch(
             tail, view, labels, parts, optimizer, teacher, args.T, args.alpha, args.label_smoothing,
             models.AUX_WEIGHT.get(args.arch, 0.0), args.clip,
             args.amp and device.type == "cuda",  # on most CPUs bfloat16 is far slower than float32
-            rank, world,
         )
         seconds = time.perf_counter() - start
         if not math.isfinite(row["loss"]):
-            raise UserError(f"the loss is {row['loss']} in epoch {epoch:g} at learning rate {lr:.2g}: lower "
+            raise UserError(f"the loss is {row['loss']} in epoch {done:g} at learning rate {lr:.2g}: lower "
                             f"--lr, or set --clip 1")
-        judged, figures = validate(tail, val_view, data, device, world)
-        row = {"epoch": epoch, **row, **figures, "lr": lr, "seconds": round(seconds, 2)}
+        judged, figures = validate(tail, val_view, data, device)
+        row = {"epoch": done, **row, **figures, "lr": lr, "seconds": round(seconds, 2)}
         score = "val_auc" if data.multilabel else "val_accuracy"
         better = all((row[score], -row["val_loss"]) > (r[score], -r["val_loss"]) for r in history)
         history.append(row)
-        facts |= {"epoch": epoch, "train_accuracy": row["train_accuracy"], "validation": judged}
+        facts |= {"epoch": done, "train_accuracy": row["train_accuracy"], "validation": judged}
         if better:  # a copy in memory, for the disk is slow
             best = copy.deepcopy(model), dict(facts)
         if rank == 0:
@@ -409,8 +425,9 @@ def train(args):
             if best:
                 models.save_checkpoint(out / "best.pt", best[0], **best[1])
             state = {"history": history, "optimizer": optimizer.state_dict()}
-            models.save_checkpoint(out / "last.pt", model, **facts, **state)  # the last to be written:
-            best, saved = None, time.perf_counter()  # killed before, the run repeats what came since
+            # The last to be written: killed before, the run repeats what came since.
+            models.save_checkpoint(out / "last.pt", model, **facts, **state)
+            best, saved = None, time.perf_counter()
         print(describe(args, row) + ("  best" if better else ""), flush=True)
     print(f"{summary(history)}; {out}/best.pt")
 
@@ -433,11 +450,10 @@ def refuse_stop_at(args, data):
                         f"class reaches on validation, got {args.stop_at:g}")
 
 
-def validate(tail, view, data, device, world):
+def validate(tail, view, data, device):
     """All figures of the validation films, and those of them that go into the history."""
     logits, labels = predict(tail, view, len(data.val.labels)).to(device), data.val.labels
-    if world > 1:  # all processes must agree on when to stop
-        torch.distributed.broadcast(logits, 0)
+    from_first(logits)  # all processes must agree on when to stop
     judged = metrics(logits.cpu(), labels, data.classes)
     kept = {f"val_{k}": mean(judged[k]) for k in ("accuracy", "specificity", "sensitivity", "auc")}
     return judged, {"val_loss": label_loss(logits.cpu(), labels).item(), **kept}
@@ -470,7 +486,7 @@ def describe(args, row):
 
 UNNAMED = ("role", "recipe", "data", "out", "T", "device", "cache", "amp", "tensorboard")  # not in names
 FLOORS = {"T": 0, "lr": 0, "epochs": 0, "size": 0, "lr_step": 0, "lr_gamma": 0, "per_class": 0, "seed": -1,
-          "batch_size": 1, "momentum": -1e-9, "weight_decay": -1e-9, "clip": -1e-9}
+          "batch_size": 1}
 
 
 def run_name(p, args):
@@ -493,7 +509,9 @@ def check(p, args):
     for flag, floor in FLOORS.items():
         value = getattr(args, flag)
         if value is not None and not floor < value < 1e9:
-            p.error(f"--{flag.replace('_', '-')} must be a number above {floor:.0f}, got {value}")
+            p.error(f"--{flag.replace('_', '-')} must be a number above {floor}, got {value}")
+    if not all(0 <= value < 1e9 for value in (args.momentum, args.weight_decay, args.clip)):
+        p.error("--momentum, --weight-decay and --clip must be 0 or more")
     if not 0 <= args.alpha <= 1:
         p.error(f"--alpha mixes labels (0) and teacher (1), so it must lie in [0, 1], got {args.alpha}")
     if not 0 < args.val_fraction < 1 or not 0 <= args.label_smoothing < 1:
@@ -516,8 +534,8 @@ def get_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = parser("train.py --role ROLE", __doc__)
     g = p.add_argument_group("what is trained")
-    g.add_argument("--role", required=True, choices=["teacher", "baseline", "student"], help="which one")
-    g.add_argument("--recipe", choices=RECIPES, help="set of defaults: pneumonia with --data, else demo")
+    g.add_argument("--role", required=True, choices=["teacher", "baseline", "student"], help="what to train")
+    g.add_argument("--recipe", choices=RECIPES, help="set of defaults; by itself demo, with --data pneumonia")
     g.add_argument("--arch", default="alexnet", help="the network, any classifier of torchvision")
     g.add_argument("--weights", default="none", help="to start from: none (random), imagenet, or a file")
     g.add_argument("--finetune", default="all", choices=["all", "fc", "head"],
@@ -525,14 +543,15 @@ def get_args(argv=None):
     g.add_argument("--out", help="the run's folder (default: runs/RECIPE/NAME)")
 
     g = p.add_argument_group("on which films")
-    g.add_argument("--data", default="phantoms", help="a folder of films, or phantoms")
+    g.add_argument("--data", default="phantoms", help="a folder of films; or, built in: phantoms, findings")
     g.add_argument("--size", type=int, default=224, help="the films' side in pixels")
     g.add_argument("--classes", type=int, choices=[2, 3], help="3: normal, bacterial, viral, by file name")
     g.add_argument("--per-class", type=int, help="a balanced subset, at most so many films of each class")
     g.add_argument("--val-fraction", type=float, default=0.1, help="share of train kept for validation")
     g.add_argument("--uncertain", default="ignore", choices=["ignore", "zero", "one"],
                    help="what CheXpert's uncertain labels count as")
-    g.add_argument("--input", default="film", choices=["film", "residual"], help="what networks read")
+    g.add_argument("--input", default="film", choices=["film", "residual"],
+                   help="what networks read: the film, or its noise residuals")
     g.add_argument("--augment", action="store_true", help="rotate, zoom and shift a little, anew each epoch")
 
     g = p.add_argument_group("who teaches a student, and how")
@@ -543,7 +562,7 @@ def get_args(argv=None):
     g = p.add_argument_group("how does it learn")
     g.add_argument("--epochs", type=int, default=20, help="passes over the films")
     g.add_argument("--batch-size", type=int, default=32, help="films a step")
-    g.add_argument("--optimizer", default="sgd", choices=["sgd", "adam"], help="the kind")
+    g.add_argument("--optimizer", default="sgd", choices=["sgd", "adam"], help="SGD with momentum, or Adam")
     g.add_argument("--lr", type=float, default=0.01, help="learning rate of the first epoch")
     g.add_argument("--lr-step", type=int, default=7, help="epochs between two decays of the learning rate")
     g.add_argument("--lr-gamma", type=float, default=0.9, help="what a decay multiplies it by")
@@ -576,13 +595,13 @@ def get_args(argv=None):
 
 
 def main(argv=None):
-    args, (rank, world) = get_args(argv), processes()
+    args = get_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
-    if world > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # by torchrun
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.distributed.init_process_group("nccl" if "cuda" in args.device else "gloo")
-    if rank:  # one process tells and writes
+    if processes()[0]:  # one process tells and writes
         sys.stdout = open(os.devnull, "w")
     try:
         train(args)

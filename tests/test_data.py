@@ -403,3 +403,20 @@ def test_the_picture_of_phantoms_rims_the_opacities_and_nothing_else():
     assert not healthy.any() and not sick.any()
     for column in rimmed[:, : 6 * 227].split(227, dim=1):
         assert 50 < column.sum() < 0.1 * column.numel()
+
+
+def test_names_that_tell_no_patients_are_told_and_a_missing_test_folder_is_named(tmp_path, capsys):
+    for name in ("a", "b", "c", "d"):
+        film(tmp_path / f"films/train/HEALTHY/{name}.png")
+        film(tmp_path / f"films/train/SICK/{name}s.png")
+    assert data.load("films", 16).classes == ["HEALTHY", "SICK"]
+    assert "tell no patients" in capsys.readouterr().out
+    with pytest.raises(data.UserError, match="found no folder test"):
+        data.load("films", 16, ("test",))
+
+
+def test_the_papers_counts_stand_beside_the_public_films_alone(kermany, capsys):
+    data.main([str(kermany)])
+    assert "the paper" in capsys.readouterr().out
+    data.main(["phantoms"])
+    assert "the paper" not in capsys.readouterr().out

@@ -282,6 +282,13 @@ assert not {"torchvision", "models", "data"} & set(sys.modules)
     assert about["threshold"] == stored and about["commit"]
 
 
+def test_a_file_without_tables_is_refused(tmp_path):
+    for text in ("no json", "[1]", "{}"):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(data.UserError, match="tables needed in other.json, found none"):
+            evaluate.main(["other.json"])
+
+
 def test_only_one_run_can_be_exported(capsys):
     with pytest.raises(SystemExit) as end:
         evaluate.get_args(["a", "b", "--export", "x.pt2"])

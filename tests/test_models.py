@@ -314,3 +314,11 @@ def test_a_network_for_residuals_reads_them_also_after_loading(tmp_path):
     x = prepare(torch.randint(0, 256, (1, 1, 32, 32), dtype=torch.uint8), torch.device("cpu"))
     assert torch.equal(models.forward(again, x)[0], model(models.residuals(x)).flatten(1))
     assert not torch.equal(models.forward(again, x)[0], model(x).flatten(1))
+
+
+def test_a_network_without_a_head_of_1000_outputs_or_without_weights_is_refused(monkeypatch):
+    monkeypatch.setattr(models, "bare_network", lambda arch, aux: torch.nn.Linear(4, 5))
+    with pytest.raises(UserError, match="1000 outputs needed"):
+        models.build("alexnet", 2)
+    with pytest.raises(UserError, match="torchvision has none"):
+        models.imagenet_file("mine")

@@ -18,7 +18,7 @@ LABELS = torch.arange(21) % 2
 TABLE = torch.randn(21, 2, generator=torch.Generator().manual_seed(1))
 
 
-def trained(rank, world):
+def trained():
     """A network without BatchNorm or dropout after two epochs of batches of 9, 9 and 3; its loss too."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
@@ -26,7 +26,7 @@ def trained(rank, world):
     for epoch in range(2):
         parts = train.batches(21, 9, torch.Generator().manual_seed(epoch))
         row = train.train_one_epoch(model, lambda i: FILMS[i], LABELS, parts, optimizer,
-                                    lambda i: TABLE[i], 2.0, clip=1.0, rank=rank, world=world)  # fmt: skip
+                                    lambda i: TABLE[i], 2.0, clip=1.0)  # fmt: skip
     return torch.cat([p.detach().flatten() for p in model.parameters()]), row
 
 
@@ -34,7 +34,7 @@ def one_of(rank, world, port, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    torch.save(trained(rank, world), f"{folder}/{rank}.pt")
+    torch.save(trained(), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -42,7 +42,7 @@ def one_of(rank, world, port, folder):
 def test_processes_with_a_share_of_each_batch_reach_the_weights_of_one_with_all_of_it(world, port, tmp_path):
     """With four of them, the last batch of three leaves one process without a film."""
     torch.multiprocessing.spawn(one_of, (world, port, str(tmp_path)), nprocs=world)
-    alone, row = trained(0, 1)
+    alone, row = trained()
     for rank in range(world):
         weights, its_row = torch.load(tmp_path / f"{rank}.pt")
         assert torch.allclose(weights, alone, atol=1e-6)

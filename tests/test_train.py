@@ -208,7 +208,7 @@ def test_the_best_epoch_on_validation_is_kept_and_history_tells_it(few_phantoms)
     model, facts = models.load_checkpoint(args.out)
     assert facts["epoch"] == best["epoch"] and facts["validation"]["accuracy"] == best["val_accuracy"]
     val = data.load("phantoms", 32, ("val",)).val
-    logits = train.predict(model, train.films(val.images, CPU), 12)
+    logits = train.predict(model, train.view_films(val.images, CPU), 12)
     assert train.label_loss(logits, val.labels).item() == pytest.approx(best["val_loss"], rel=1e-4)
 
 
@@ -324,8 +324,8 @@ def test_under_augmentation_the_teacher_is_asked_about_the_very_view_the_student
     real = train.forward
     monkeypatch.setattr(train, "forward", lambda model, x: (seen.append(x), real(model, x))[1])
     teacher_of(args, films)(theta)(index)
-    assert torch.equal(seen[0], train.films(films.train.images, CPU, theta)(index))
-    assert not torch.equal(seen[0], train.films(films.train.images, CPU)(index))
+    assert torch.equal(seen[0], train.view_films(films.train.images, CPU, theta)(index))
+    assert not torch.equal(seen[0], train.view_films(films.train.images, CPU)(index))
 
 
 def test_a_student_learns_what_its_teacher_says_even_where_the_labels_say_otherwise(
@@ -342,7 +342,7 @@ def test_a_student_learns_what_its_teacher_says_even_where_the_labels_say_otherw
     fit("--teacher", "teacher", "--alpha", "1", "--out", "student", "--epochs", "3", role="student")
     student, _ = models.load_checkpoint("student/last.pt")
     films = data.load("phantoms", 32).val
-    says = train.predict(student, train.films(films.images, CPU), 16).softmax(1)[:, 1]
+    says = train.predict(student, train.view_films(films.images, CPU), 16).softmax(1)[:, 1]
     assert says.mean() < 0.3
 
 
@@ -442,7 +442,7 @@ def test_training_on_features_is_training_on_films_with_the_rest_frozen(pretrain
     for epoch in (1, 2):
         g = torch.Generator().manual_seed(epoch)
         parts = train.batches(24, 8, g)
-        through = train.reaching(model, tail, train.films(films.train.images, CPU))
+        through = train.view_features(model, tail, train.view_films(films.train.images, CPU))
         train.train_one_epoch(tail, through, films.train.labels, parts, optimizer, clip=1.0)
     saved = torch.load(f"{by_table.out}/last.pt", weights_only=True)["model"]
     assert torch.allclose(saved["fc.weight"], model.fc.weight, atol=1e-4)  # the table is float16

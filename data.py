@@ -38,7 +38,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.io import ImageReadMode, decode_image, write_png
+from torchvision.io import ImageReadMode, decode_image, encode_png
 from torchvision.utils import make_grid
 
 VERSION = 2  # of what is written into caches: raise it when the same files would give other pixels
@@ -247,6 +247,8 @@ def list_csv(root, layout, uncertain):
         image = os.path.join(folders.get(id, root), id)
         if layout["image"] == "Path":  # below the folder that the CSV lies in, whatever its name
             image, patient = os.path.join(root, id.split("/", 1)[1]), PATIENT.search(id)[0]
+        if not os.path.exists(image):
+            return None
         if "found" in layout:
             found = layout["found"](row)
             label = [float(finding in found) for finding in layout["classes"]]
@@ -271,7 +273,7 @@ def list_csv(root, layout, uncertain):
             except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, csv.Error) as error:
                 raise UserError(f"{path} as it was published needed, found something else in line "
                                 f"{rows.line_num} ({str(error).splitlines()[0]}): fetch it anew") from None
-    there = [f for f in films if os.path.exists(f.path)]
+    there = [f for f in films if f]
     if len(there) < len(films):
         print(f"{len(films) - len(there)} films of the CSVs are not in {root}, and left out")
     return there, layout["classes"]
@@ -529,6 +531,12 @@ def atomic(path, sync=True):
         part.unlink(missing_ok=True)
 
 
+def write_picture(path, image):
+    """A PNG; by Python's own writing, for torchvision's does not notice a full disk."""
+    with atomic(path) as part:
+        part.write_bytes(encode_png(image).numpy().tobytes())
+
+
 def alive(pid):
     try:
         os.kill(pid, 0)
@@ -676,8 +684,7 @@ def show_phantoms(path, n=6, size=224):
     rim = F.max_pool2d(extent, 3, 1, 1) > extent  # pixels that touch an opacity from outside
     outlined = films.where(~rim, torch.tensor([255, 90, 0], dtype=torch.uint8).view(1, 3, 1, 1))
     rows = torch.cat([films[labels == 0], films[labels == 1], outlined[labels == 1]])
-    with atomic(path) as part:
-        write_png(make_grid(rows, nrow=n, padding=3), str(part))
+    write_picture(path, make_grid(rows, nrow=n, padding=3))
     print(f"{n} built-in films without an opacity, {n} with, and where it is: {path}")
 
 

@@ -13,6 +13,7 @@ Class 1 is the positive one: sensitivity is the share of pneumonias found, speci
 normals left alone. With more classes each is taken against the rest, and the macro mean shown.
 """
 
+import io
 import json
 import math
 import re
@@ -22,14 +23,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from torchvision.io import write_png
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from data import UserError, atomic, decode, device_flag, load_as, origin, parser, prepare, run
+from data import UserError, atomic, decode, device_flag, load_as, origin, parser, prepare, run, write_picture
 from kd import mean_teacher
 from models import checkpoint_file, cost, exported, forward, load_checkpoint
 
-NAMES = ["accuracy", "specificity", "sensitivity", "precision", "f1", "auc", "ece", "loss"]  # columns, in %
+NAMES = ["accuracy", "specificity", "sensitivity", "precision", "f1", "auc", "ece", "loss"]  # columns
 SEVERAL = ["auc", "ap", "specificity", "sensitivity", "f1", "ece", "loss"]  # with several findings a film
 BINS = 15  # of the calibration error
 REPEATS = 1000  # of the bootstrap
@@ -324,8 +324,7 @@ def draw_cams(path, runs, films, titles, targets, device, side=224):
         warm = grey + 0.6 * heat * (red - grey)  # where there is no heat the film stays as it is
         columns.append([caption(tile, text) for tile, text in zip(warm, texts, strict=True)])
     tiles = [tile for row in zip(*columns, strict=True) for tile in row]
-    with atomic(path) as part:
-        write_png(make_grid(tiles, nrow=len(columns), padding=3), str(part))
+    write_picture(path, make_grid(tiles, nrow=len(columns), padding=3))
     print(f"Grad-CAM of {len(targets)} films: {path}")
 
 
@@ -441,7 +440,7 @@ def kept(path):
     """The tables in a file that --json wrote."""
     try:
         return json.loads(Path(path).read_text())["tables"]
-    except (ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"tables needed in {path}, found none: give a file that --json wrote") from None
 
 
@@ -454,16 +453,20 @@ def agreement(a, b, multilabel):
 def export(path, record):
     """A run as one file: a program from films in bytes to logits, and what there is to know of it."""
     data, at = record["data"], record["at"]
+    side = record["facts"]["size"]
     about = {
-        "films": f"uint8 (any number, 1, {record['facts']['size']}, {record['facts']['size']}), grey",
+        "films": f"uint8 (any number, 1, {side}, {side}): grey, the whole film squashed to it smoothly",
         "classes": data.classes,
-        "several_findings": data.multilabel,
-        "threshold": at.get("validation", at["0.5"])["threshold"],
+        "probabilities": "sigmoid of the logits" if data.multilabel else "softmax of the logits",
         **record["facts"]["provenance"],
     }
-    program = exported(record["model"].cpu(), record["facts"]["size"])
-    with atomic(path) as part, open(part, "wb") as file:
-        torch.export.save(program, file, extra_files={"about.json": json.dumps(about, indent=1)})
+    if "validation" in at:  # of two classes; of more, the most probable is called
+        about["threshold"] = at["validation"]["threshold"]
+    program = exported(record["model"].cpu(), side)
+    file = io.BytesIO()  # in memory first: on a full disk torch would end the process, without a word
+    torch.export.save(program, file, extra_files={"about.json": json.dumps(about, indent=1)})
+    with atomic(path) as part:
+        part.write_bytes(file.getbuffer())
     print(f"exported {record['folder']} to {path}, with {', '.join(about)} in its about.json")
 
 
@@ -667,6 +670,12 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if args.export and len(args.runs) > 1:
         p.error(f"--export takes one run, got {len(args.runs)}: export them one by one")
+    more = args.grid or args.json or args.export
+    shown = any(run.endswith(".json") for run in args.runs)
+    if shown and (len(args.runs) > 1 or args.cam or args.image or more):
+        p.error("a file of --json is only shown again, by itself: leave the other runs and flags out")
+    if args.image and more:
+        p.error("--image reads one film and judges nothing: leave --grid, --json and --export out")
     return args
 
 
@@ -697,11 +706,11 @@ def main(argv=None):
         if hasattr(records[0]["data"].test, "masks"):
             text += pointing(records, args.device)
     print("\n".join([*text, *(reports(records) if not records[0]["data"].multilabel else [])]))
-    if args.export:
-        export(args.export, records[0])
     if args.json:
         runs = {str(record["folder"]): figures(record) for record in records}
         write_json(args.json, {"tables": text, "runs": runs})
+    if args.export:
+        export(args.export, records[0])
 
 
 if __name__ == "__main__":

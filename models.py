@@ -341,7 +341,11 @@ def exported(model, size):
     reader = Reader(model).eval()
     films = torch.zeros(2, 1, size, size, dtype=torch.uint8, device=next(model.parameters()).device)
     reader(films)  # so that the constants of the normalisation exist, and are not made while it is traced
-    return torch.export.export(reader, (films,), dynamic_shapes=({0: torch.export.Dim("films")},))
+    try:
+        return torch.export.export(reader, (films,), dynamic_shapes=({0: torch.export.Dim("films")},))
+    except Exception as error:  # whatever torch.export cannot follow; its first line is enough
+        raise UserError(f"a network that torch.export can follow needed, found one that it cannot "
+                        f"({str(error).splitlines()[0][:80]}): take best.pt instead") from None
 
 
 def checkpoint_file(path):

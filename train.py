@@ -405,7 +405,7 @@ def train(args):
         row = train_one_epoch(
             tail, view, labels, parts, optimizer, teacher, args.T, args.alpha, args.label_smoothing,
             models.AUX_WEIGHT.get(args.arch, 0.0), args.clip,
-            args.amp and device.type == "cuda",  # on most CPUs bfloat16 is far slower than float32
+            device.type == "cuda" and not args.no_amp,  # on most CPUs bfloat16 is far slower than float32
         )
         seconds = time.perf_counter() - start
         if not math.isfinite(row["loss"]):
@@ -484,7 +484,7 @@ def describe(args, row):
 
 # ---- the command line -------------------------------------------------------------------------------
 
-UNNAMED = ("role", "recipe", "data", "out", "T", "device", "cache", "amp", "tensorboard")  # not in names
+UNNAMED = ("role", "recipe", "data", "out", "T", "device", "cache", "no_amp", "tensorboard")  # not in names
 FLOORS = {"T": 0, "lr": 0, "epochs": 0, "size": 0, "lr_step": 0, "lr_gamma": 0, "per_class": 0, "seed": -1,
           "batch_size": 1}
 
@@ -576,12 +576,12 @@ def get_args(argv=None):
     g = p.add_argument_group("where does it run, and what is kept")
     g.add_argument("--seed", type=int, default=0, help="of weights, order, dropout and augmentation")
     device_flag(g)
-    g.add_argument("--no-amp", dest="amp", action="store_false", help="float32 on a GPU, not bfloat16")
+    g.add_argument("--no-amp", action="store_true", help="float32 on a GPU, not bfloat16")
     g.add_argument("--tensorboard", action="store_true", help="write history.csv's curves there too")
     g.add_argument("--cache", default="cache", help="folder of decoded films and tables; may be deleted")
 
     # Parsed twice: once to learn role and recipe, once with their defaults (which --help then shows).
-    first, _ = p.parse_known_args([a for a in argv if a not in ("-h", "--help")] or ["--role", "teacher"])
+    first, _ = p.parse_known_args(["--role", "teacher", *(a for a in argv if a not in ("-h", "--help"))])
     name = first.recipe or {"phantoms": "demo", "findings": "findings"}.get(first.data, "pneumonia")
     p.set_defaults(**RECIPES[name][first.role], recipe=name)
     args = p.parse_args(argv)

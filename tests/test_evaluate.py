@@ -279,7 +279,7 @@ assert not {"torchvision", "models", "data"} & set(sys.modules)
     assert (seven - logits).abs().max() < 1e-5 and (one - logits[:1]).abs().max() < 1e-5
     assert about["classes"] == facts["classes"] and str(args.size) in about["films"]
     stored = json.loads(open("student/metrics.json").read())["test"]["validation"]["threshold"]
-    assert about["threshold"] == stored and about["commit"]
+    assert about["threshold"] == stored and about["commit"] and about["probabilities"].startswith("softmax")
 
 
 def test_a_file_without_tables_is_refused(tmp_path):
@@ -289,7 +289,32 @@ def test_a_file_without_tables_is_refused(tmp_path):
             evaluate.main(["other.json"])
 
 
-def test_only_one_run_can_be_exported(capsys):
+@pytest.mark.parametrize("line, says", [
+    ("a b --export x.pt2", "--export takes one run"),
+    ("kept.json runs/a", "only shown again"),
+    ("kept.json --json b.json", "only shown again"),
+    ("a --image film.png --json b.json", "judges nothing"),
+])  # fmt: skip
+def test_flags_that_would_be_ignored_are_refused(line, says, capsys):
     with pytest.raises(SystemExit) as end:
-        evaluate.get_args(["a", "b", "--export", "x.pt2"])
-    assert end.value.code == 2 and "--export takes one run" in capsys.readouterr().err
+        evaluate.get_args(line.split())
+    assert end.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arch, size", [("googlenet", 64), ("shufflenet_v2_x0_5", 32), ("swin_t", 32)])
+def test_networks_of_every_kind_can_be_exported_for_any_number_of_films(arch, size):
+    model = models.build(arch, 3, size).requires_grad_(False).eval()
+    model.facts["input"] = "residual"
+    program, films = models.exported(model, size).module(), data.phantoms(3, size, seed=1)[0]
+    for some in (films, films[:1]):
+        says = models.forward(model, data.prepare(some, torch.device("cpu")))[0]
+        assert (program(some) - says).abs().max() < 1e-5
+
+
+def test_a_network_that_cannot_be_exported_is_refused_in_one_line():
+    class Fickle(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+    with pytest.raises(data.UserError, match="torch.export can follow"):
+        models.exported(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), Fickle()), 8)

@@ -1,4 +1,4 @@
-"""Several findings a film (document C): the public CSVs as they are published, masks, AUC per finding."""
+"""Several findings a film: the public CSVs as they are published, masks, AUC per finding."""
 
 import csv
 import math
@@ -85,6 +85,16 @@ def test_a_csv_without_a_needed_column_is_refused_and_absent_films_are_counted(n
     (nih / "Data_Entry_2017.csv").write_text(text)
     with pytest.raises(data.UserError, match="no column Finding Labels"):
         data.list_films(str(nih))
+
+
+def test_a_spoiled_line_matters_only_if_its_film_is_there(chexpert):
+    lines = (chexpert / "train.csv").read_text().splitlines()
+    lines[1] = lines[1].replace(",1.0,", ",one,")
+    (chexpert / "train.csv").write_text("\n".join(lines))
+    with pytest.raises(data.UserError, match="line 2 .*one"):
+        data.list_films(str(chexpert))
+    (chexpert / "train/patient00001/study1/view1_frontal.jpg").unlink()
+    assert len(data.list_films(str(chexpert))[0]) == 7
 
 
 def test_the_findings_of_phantoms_are_independent_and_seen_where_they_should_be():

@@ -1,5 +1,5 @@
 """The other systems to reproduce, each only a recipe, a network and a checkpoint for the same loop:
-fine-tuning or fixed features (document B), normal, reversed and defective teachers (document D)."""
+fine-tuning or fixed features, normal, reversed and defective teachers, several teachers."""
 
 import csv
 import sys

@@ -16,6 +16,7 @@ from conftest import SMALL, film, fit
 from torchvision.io import write_png
 
 import data
+import evaluate
 import models
 import train
 
@@ -31,6 +32,13 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_whole_and_says_so(tmp_path)
             models.save_checkpoint("best.pt", models.build("squeezenet1_1", 2, 32), epoch=2)
         with pytest.raises(data.UserError, match="could not be written"):
             data.table("cache", "t", [], (1000, 1000), "float32", lambda block, start: block.fill(0))
+        with pytest.raises(data.UserError, match="phantoms.png could not be written"):
+            data.show_phantoms("phantoms.png")
+        record = {"model": models.build("squeezenet1_1", 2, 32).eval(), "at": {}, "folder": "run",
+                  "facts": {"size": 32, "provenance": {}}, "data": data.load("phantoms", 32)}  # fmt: skip
+        with pytest.raises(data.UserError, match="student.pt2 could not be written"):
+            evaluate.export("student.pt2", record)
+        assert not Path("phantoms.png").exists() and not Path("student.pt2").exists()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)

@@ -527,8 +527,8 @@ def test_help_begins_with_an_example_asks_questions_and_shows_every_default(scri
     assert len(headings) >= 3 and {h.split()[0].strip(",") for h in headings} <= {"options", *QUESTIONS}
     assert "None" not in page and max(map(len, page.splitlines())) <= 110
     if script is train:
-        for default in ("default: inception_v3", "default: 0.02", "default: 0.9", "default: cache"):
-            assert default in page
+        for default in ("inception_v3)", "0.02)", "0.9)", "0)", "cache)"):
+            assert f"(default: {default}" in page
 
 
 QUESTIONS = ("what", "which", "who", "how", "where", "on")

@@ -214,11 +214,18 @@ def test_one_table_holds_the_floor_the_three_runs_their_agreement_and_the_paired
     assert 0 <= stored["agreement_with_teacher"] <= 1
 
 
-def test_runs_that_differ_in_their_seed_share_a_row(few_phantoms, capsys):
-    fit(role="baseline")
-    fit("--seed", "1", role="baseline")
-    evaluate.main(["runs/demo/" + p.name for p in sorted(data.Path("runs/demo").iterdir())])
-    assert ", 2 seeds) | " in capsys.readouterr().out
+def test_runs_that_differ_in_their_seed_share_a_row_of_their_mean_and_deviation(few_phantoms, capsys):
+    runs = [fit("--lr", "0.03", "--epochs", "6", "--seed", seed, role="baseline").out for seed in "01"]
+    capsys.readouterr()
+    evaluate.main(runs)
+    text = capsys.readouterr().out.partition("| at the threshold best on validation")
+    stored = [json.loads((data.Path(run) / "metrics.json").read_text())["test"] for run in runs]
+    assert stored[0]["0.5"]["accuracy"] != stored[1]["0.5"]["accuracy"]
+    for at, table in (("0.5", text[0]), ("validation", text[2])):
+        [row] = [line for line in table.splitlines() if ", 2 seeds) " in line]
+        values = 100 * torch.tensor([figures[at]["accuracy"] for figures in stored])
+        assert f"| {values.mean():.1f} ± {values.std():.1f} [" in row, (at, row)
+    assert stored[0]["0.5"]["accuracy"] != stored[0]["validation"]["accuracy"]
 
 
 def test_evaluating_writes_nothing_but_the_metrics(few_phantoms):

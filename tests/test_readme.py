@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import io
+import json
 import re
 import shlex
 import shutil
@@ -34,9 +35,9 @@ def blocks(*languages):
 
 
 def commands():
-    """Every command of the README, its loops and variables unfolded by the shell, two seeds a loop."""
+    """Every command of the README, its loops and variables unfolded by the shell, one seed a loop."""
     for block in blocks("bash", "sh"):
-        block = re.sub(r"for s in (\d+) (\d+)[ \d]*;", r"for s in \1 \2;", block)
+        block = re.sub(r"for s in (\d+)[ \d]*;", r"for s in \1;", block)
         block = re.sub(r"python3 -m venv.*?requirements.txt && ", "", block.replace("\\\n", " "))
         told = subprocess.run(["bash", "-ec", ECHO + block], capture_output=True, text=True, check=True)
         yield from (shlex.split(line) for line in told.stdout.splitlines())
@@ -143,3 +144,12 @@ def test_every_name_that_the_readme_points_to_exists():
         assert name == "py" or hasattr(scripts[script], name), f"{script}.{name}"
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_the_tables_of_the_real_films_stand_in_the_readme_as_evaluate_prints_them(capsys):
+    evaluate.main([f"{ROOT}/results/films.json"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) > 4 and "\n".join(rows[:4]) in README
+    assert all(row in README for row in rows)
+    runs = json.loads((ROOT / "results/films.json").read_text())["runs"]
+    assert all(run["trained_by"]["commit"] and run["args"]["recipe"] for run in runs.values())

@@ -266,10 +266,10 @@ def test_classes_other_than_those_of_training_are_refused(kermany, few_phantoms)
 
 
 def test_an_exported_run_needs_torch_alone_and_says_what_the_run_says(few_phantoms, capsys):
-    args = fit("--arch", "alexnet", "--size", "64", "--out", "student")
+    args = fit("--out", "student")
     evaluate.main(["student", "--export", "student.pt2"])
     assert "exported student to student.pt2" in capsys.readouterr().out
-    films = data.phantoms(7, 64, seed=5)[0]
+    films = data.phantoms(7, args.size, seed=5)[0]
     torch.save(films, "films.pt")
     alone = """
 import json, sys, torch
@@ -309,7 +309,7 @@ def test_flags_that_would_be_ignored_are_refused(line, says, capsys):
     assert end.value.code == 2 and says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arch, size", [("googlenet", 64), ("shufflenet_v2_x0_5", 32), ("swin_t", 32)])
+@pytest.mark.parametrize("arch, size", [("googlenet", 64), ("shufflenet_v2_x0_5", 32)])
 def test_networks_of_every_kind_can_be_exported_for_any_number_of_films(arch, size):
     model = models.build(arch, 3, size).requires_grad_(False).eval()
     model.facts["input"] = "residual"

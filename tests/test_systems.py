@@ -62,7 +62,7 @@ def test_muras_body_parts_are_classes_and_its_patients_stay_whole(mura):
 D = ["--recipe", "mura", "--weights", "none", "--size", "32", "--epochs", "1", "--val-fraction", "0.25"]
 
 
-def test_every_network_of_document_d_takes_a_step_in_every_role_and_in_both_directions(
+def test_every_network_of_the_dissertation_takes_a_step_in_every_role_and_in_both_directions(
     mura, monkeypatch, capsys
 ):
     real, trained = models.save_checkpoint, []

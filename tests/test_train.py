@@ -485,14 +485,15 @@ def test_a_wrong_command_line_is_explained_with_exit_code_2(flags, says, capsys)
 
 
 def test_a_users_mistake_is_one_line_without_a_traceback_and_exit_code_1():
-    for argv, says in (
-        (["train.py", "--role", "student"], "runs/demo/teacher"),
-        (["train.py", "--role", "teacher", "--data", "nowhere"], "no such folder"),
-        (["evaluate.py", "nowhere"], "no such file"),
-        (["data.py", "nowhere"], "no such folder"),
+    code, _, err = say("train.py", "--role", "student")
+    assert code == 1 and err.count("\n") == 1 and "runs/demo/teacher" in err and "Traceback" not in err
+    for script, argv, says in (
+        (train, ["--role", "teacher", "--data", "nowhere"], "no such folder"),
+        (evaluate, ["nowhere"], "no such file"),
+        (data, ["nowhere"], "no such folder"),
     ):
-        code, _, err = say(*argv)
-        assert code == 1 and says in err and "Traceback" not in err and err.count("\n") == 1, err
+        with pytest.raises(SystemExit, match=f"^error: .*{says}[^\n]*$"):  # printed, with exit code 1
+            data.run(lambda script=script, argv=argv: script.main(argv))
     assert not os.listdir()
 
 

@@ -444,9 +444,9 @@ def refuse_stop_at(args, data):
     """A defective teacher must at least know more than which class is the commonest."""
     if args.stop_at and data.multilabel:
         raise UserError("--stop-at needs films of one class each, these may have several: leave it out")
-    share = 0 if data.multilabel else data.val.labels.bincount().max().item() / len(data.val.labels)
-    if args.stop_at and args.stop_at < share:
-        raise UserError(f"--stop-at must be {share:.3f} or more, which calling every film by the commonest "
+    floor = 0 if data.multilabel else data.val.labels.bincount().max().item() / len(data.val.labels)
+    if args.stop_at and args.stop_at < floor:
+        raise UserError(f"--stop-at must be {floor:.3f} or more, which calling every film by the commonest "
                         f"class reaches on validation, got {args.stop_at:g}")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import random
 import zlib
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits are compared here, and only a CPU's repeat to the last one
@@ -128,6 +129,16 @@ def opened(root, part):
 
 
 SMALL = ["--arch", "squeezenet1_1", "--size", "32", "--epochs", "2", "--batch-size", "8", "--lr", "0.01"]
+
+
+def asked_for(script, doc, what, n):
+    """The command line of a loop too long for the suite: seeds its random choices, returns how many."""
+    p = data.parser(f"tests/{script}", doc)
+    p.add_argument(f"--{what}", type=int, default=n, help="how many")
+    p.add_argument("--seed", type=int, default=0, help="of what is chosen at random")
+    args = p.parse_args()
+    random.seed(args.seed)
+    return getattr(args, what)
 
 
 def fit(*flags, role="teacher", small=SMALL):

@@ -7,7 +7,6 @@ Each round begins with nothing, so that kills fall into the cache of films, the 
 the writing of checkpoints alike. Children are forked, so a kill costs no import.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -23,7 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # torch.set_num_threads would not survive a
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from conftest import film  # noqa: E402
+from conftest import asked_for, film  # noqa: E402
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
@@ -69,11 +68,7 @@ def same(a, b):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--kills", type=int, default=50)
-    p.add_argument("--seed", type=int, default=0)
-    args = p.parse_args()
-    random.seed(args.seed)
+    wanted = asked_for("kill_loop.py", __doc__, "kills", 50)
     train.SAVE_SECONDS = 0  # a checkpoint an epoch: more writing to be killed in
     os.chdir(tempfile.mkdtemp())
     for part, n in (("train", 60), ("test", 16)):
@@ -85,7 +80,7 @@ def main():
     assert os.waitpid(child(STUDENT), 0)[1] == 0, Path("log").read_text()
     length, expected = time.perf_counter() - start, ending()
     kills = endings = 0
-    while min(kills, endings) < args.kills:
+    while min(kills, endings) < wanted:
         for folder in ("student", "cache"):
             shutil.rmtree(folder, ignore_errors=True)
         for _ in range(50):

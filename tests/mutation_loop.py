@@ -4,7 +4,6 @@ give the very numbers of the whole file. Too slow for the suite:
     python tests/mutation_loop.py --mutations 500
 """
 
-import argparse
 import contextlib
 import io
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from conftest import film  # noqa: E402
+from conftest import asked_for, film  # noqa: E402
 
 import data  # noqa: E402
 import models  # noqa: E402
@@ -77,11 +76,7 @@ def caches():
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--mutations", type=int, default=500)
-    p.add_argument("--seed", type=int, default=0)
-    args = p.parse_args()
-    random.seed(args.seed)
+    mutations = asked_for("mutation_loop.py", __doc__, "mutations", 500)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.chdir(tempfile.mkdtemp())
@@ -98,7 +93,7 @@ def main():
 
     kinds = {images: 0, tables: 0, checkpoints: 0, caches: 0}
     refused = passed = 0
-    for i in range(args.mutations):
+    for i in range(mutations):
         kind = list(kinds)[i % 4]
         path, read = kind()
         content, clean = path.read_bytes(), read()

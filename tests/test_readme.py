@@ -153,3 +153,26 @@ def test_the_tables_of_the_real_films_stand_in_the_readme_as_evaluate_prints_the
     assert all(row in README for row in rows)
     runs = json.loads((ROOT / "results/films.json").read_text())["runs"]
     assert all(run["trained_by"]["commit"] and run["args"]["recipe"] for run in runs.values())
+
+
+@pytest.mark.parametrize("result, seeds, student, baseline, t", [
+    ("demo", "01234", "demo/student-T1", "demo/baseline", 2.776),  # Student's t, 97.5 %, 4 and 2 degrees
+    ("films", "012", "films/alexnet-T1", "films/alexnet", 4.303),
+])  # fmt: skip
+def test_the_intervals_over_seeds_follow_from_the_results(result, seeds, student, baseline, t):
+    runs = json.loads((ROOT / f"results/{result}.json").read_text())["runs"]
+
+    def accuracy(name, seed):
+        run = runs.get(f"runs/{name}-seed{seed}") or runs[f"runs/{name}"]  # a default seed is not in the name
+        return 100 * run["test"]["0.5"]["accuracy"]
+
+    gains = torch.tensor([accuracy(student, s) - accuracy(baseline, s) for s in seeds], dtype=torch.float64)
+    half = t * gains.std() / len(seeds) ** 0.5
+    assert f"[{gains.mean() - half:.1f}, {gains.mean() + half:.1f}]" in README
+
+
+def test_as_many_of_the_students_labels_are_wrong_as_the_readme_says():
+    train_films = data.load("phantoms", 16, per_class=10).train
+    right = torch.tensor([int(id.split("-")[2]) % 2 for id in train_films.ids])
+    assert len(right) == 20 and (train_films.labels != right).sum() == 3
+    assert "Three of the student's 20 labels are wrong." in README

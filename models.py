@@ -346,7 +346,7 @@ def exported(model, size):
         return torch.export.export(reader, (films,), dynamic_shapes=({0: torch.export.Dim("films")},))
     except Exception as error:  # whatever torch.export cannot follow; its first line is enough
         raise UserError(f"a network that torch.export can follow needed, found one that it cannot "
-                        f"({str(error).splitlines()[0][:80]}): take best.pt instead") from None
+                        f"({repr(error).splitlines()[0][:80]}): take best.pt instead") from None
 
 
 def checkpoint_file(path):

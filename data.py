@@ -202,7 +202,7 @@ def list_class_folders(root, classes):
 LAYOUTS = [
     dict(  # ChestX-ray14: findings parted by |, in the order of its authors
         csv=["Data_Entry_2017*.csv"], image="Image Index", patient="Patient ID", test="test_list.txt",
-        found=lambda row: row["Finding Labels"].split("|"), needs=["Finding Labels"],
+        found=lambda row: row["Finding Labels"].split("|"),
         classes=["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
                  "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
                  "Hernia"],
@@ -217,7 +217,7 @@ LAYOUTS = [
     dict(  # PadChest: a Python list in a cell, its words with stray spaces; 16-bit, some films negative
         csv=["PADCHEST*.csv"], image="ImageID", patient="PatientID", test=0.1,
         found=lambda row: [word.strip() for word in ast.literal_eval(row["Labels"] or "[]")],
-        needs=["Labels", "PhotometricInterpretation_DICOM"],
+        negative=lambda row: row["PhotometricInterpretation_DICOM"] == "MONOCHROME1",
         only=("Projection", ["PA", "AP", "AP_horizontal"]),
         classes=["atelectasis", "cardiomegaly", "pleural effusion", "infiltrates", "mass", "nodule",
                  "pneumonia", "pneumothorax", "consolidation", "interstitial pattern", "emphysema",
@@ -232,47 +232,43 @@ def list_csv(root, layout, uncertain):
     uncertain: a label of -1 is unknown and masked (ignore), or taken for 0 (zero) or 1 (one).
     """
     unsure = {"ignore": math.nan, "zero": 0.0, "one": 1.0}[uncertain]
-    column, wanted = layout.get("only", (None, []))  # side views are left out
-    needed = {layout["image"], layout["patient"], *layout.get("needs", layout["classes"])} | {column} - {None}
-    everywhere = [] if layout["image"] == "Path" else os.walk(root)
-    folders = {name: d for d, _, names in everywhere for name in names}
-    tests = layout["test"]
-    if str(tests).endswith(".txt"):
-        if not (root / tests).exists():
-            raise UserError(f"{tests} needed in {root}, found none: it says which films are for the test")
-        tests = set((root / tests).read_text().split())
+    column, wanted = layout.get("only", (layout["image"], None))  # side views are left out
+    where = {name: d for d, _, names in os.walk(root) for name in names}
+    test = layout["test"]
+    listed = ()
+    if str(test).endswith(".txt"):
+        if not (root / test).exists():
+            raise UserError(f"{test} needed in {root}, found none: it says which films are for the test")
+        listed = set((root / test).read_text().split())
 
-    def read(row, name):
+    def read(row, csv_name):
         id, patient = row[layout["image"]], row[layout["patient"]]
-        image = os.path.join(folders.get(id, root), id)
-        if layout["image"] == "Path":  # below the folder that the CSV lies in, whatever its name
-            image, patient = os.path.join(root, id.split("/", 1)[1]), PATIENT.search(id)[0]
-        if not os.path.exists(image):
+        # CheXpert's paths begin with a folder that may have another name here, and hold the patient's.
+        path = os.path.join(where[id], id) if id in where else os.path.join(root, id.split("/", 1)[-1])
+        if not os.path.exists(path):
             return None
+        patient = PATIENT.search(id)[0] if patient == id else patient
         if "found" in layout:
             found = layout["found"](row)
             label = [float(finding in found) for finding in layout["classes"]]
         else:
             values = [float(row[finding] or 0) for finding in layout["classes"]]
             label = [unsure if value == -1 else value for value in values]
-        if isinstance(tests, float):
-            test = int.from_bytes(by_hash(f"test {patient}")[:4]) < tests * 2**32
-        else:
-            test = id in tests if isinstance(tests, set) else name == tests
-        negative = row.get("PhotometricInterpretation_DICOM") == "MONOCHROME1"
-        return film(id, label, "test" if test else "train", image, patient, negative)
+        held_back = id in listed or csv_name == test
+        if isinstance(test, float):
+            held_back = int.from_bytes(by_hash(f"test {patient}")[:4]) < test * 2**32
+        negative = "negative" in layout and layout["negative"](row)
+        return film(id, label, "test" if held_back else "train", path, patient, negative)
 
     films = []
     for path in sorted(path for pattern in layout["csv"] for path in root.glob(pattern)):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             try:
-                if lacking := needed - set(rows.fieldnames or []):
-                    raise LookupError(f"no column {', '.join(sorted(lacking))}")
-                films += [read(row, path.name) for row in rows if not column or row[column] in wanted]
+                films += [read(row, path.name) for row in rows if not wanted or row[column] in wanted]
             except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, csv.Error) as error:
                 raise UserError(f"{path} as it was published needed, found something else in line "
-                                f"{rows.line_num} ({str(error).splitlines()[0]}): fetch it anew") from None
+                                f"{rows.line_num} ({repr(error).splitlines()[0]}): fetch it anew") from None
     there = [f for f in films if f]
     if len(there) < len(films):
         print(f"{len(films) - len(there)} films of the CSVs are not in {root}, and left out")
@@ -515,9 +511,13 @@ def atomic(path, sync=True):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    for left in path.parent.glob(f".{path.name}.*.part"):  # by a process that was killed
-        if not alive(int(left.name.split(".")[-2])):
+    for left in path.parent.glob(f".{path.name}.*.part"):
+        try:
+            os.kill(int(left.name.split(".")[-2]), 0)  # signal 0 only asks whether that process lives
+        except ProcessLookupError:  # it was killed half-way
             left.unlink(missing_ok=True)
+        except OSError:
+            pass  # another user's
     try:
         yield part
         if sync:
@@ -535,16 +535,6 @@ def write_picture(path, image):
     """A PNG; by Python's own writing, for torchvision's does not notice a full disk."""
     with atomic(path) as part:
         part.write_bytes(encode_png(image).numpy().tobytes())
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's
-    return True
 
 
 def fingerprint(*facts):

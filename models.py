@@ -9,7 +9,7 @@
 import hashlib
 import os
 import re
-import zlib
+import zipfile
 from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import urlparse
@@ -25,7 +25,6 @@ from torchvision.ops import SqueezeExcitation
 
 from data import MEAN, STD, UserError, atomic, prepare
 
-SEAL = b"crc32=%08x"
 FORMAT = 2  # of a checkpoint: raise it when its facts change; a reader of another says so and does not guess
 
 # Auxiliary heads (a second and third classifier half-way up, for training only) need maps of a certain
@@ -84,11 +83,8 @@ def heads(model):
     (fc, classifier.6, heads.head, SqueezeNet's 1x1 convolution); the main head comes last.
     """
     outputs = {nn.Linear: "out_features", nn.Conv2d: "out_channels"}
-    return [
-        name
-        for name, layer in model.named_modules()
-        if type(layer) in outputs and getattr(layer, outputs[type(layer)]) == 1000
-    ]
+    return [name for name, layer in model.named_modules()
+            if type(layer) in outputs and getattr(layer, outputs[type(layer)]) == 1000]
 
 
 def build(arch, num_classes, size=None, weights="none"):
@@ -113,14 +109,8 @@ def build(arch, num_classes, size=None, weights="none"):
     replace_heads(model, num_classes)
     if size is not None:
         refuse_impossible_size(model, arch, size)
-    model.facts = {
-        "arch": arch,
-        "num_classes": num_classes,
-        "size": size,
-        "aux": aux,
-        "transform_input": getattr(model, "transform_input", False),
-        "input": "film",
-    }
+    model.facts = dict(arch=arch, num_classes=num_classes, size=size, aux=aux, input="film",
+                       transform_input=getattr(model, "transform_input", False))
     return model
 
 
@@ -131,11 +121,9 @@ def replace_heads(model, num_classes):
     model.head_name = heads(model)[-1]  # remembered, because afterwards it has 1000 outputs no more
     for name in heads(model):
         old = model.get_submodule(name)
-        if isinstance(old, nn.Linear):
-            new = nn.Linear(old.in_features, num_classes)
-        else:
-            new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size)
-        model.set_submodule(name, new)
+        linear = isinstance(old, nn.Linear)
+        model.set_submodule(name, nn.Linear(old.in_features, num_classes) if linear
+                            else nn.Conv2d(old.in_channels, num_classes, old.kernel_size))
 
 
 def refuse_impossible_size(model, arch, size):
@@ -156,9 +144,16 @@ def refuse_impossible_size(model, arch, size):
 
 
 def read_weights(path):
-    """Tensors and plain values only: with weights_only a file cannot run code while it is read."""
+    """Tensors and plain values only: with weights_only a file cannot run code while it is read.
+
+    Such a file is a zip, with a checksum for each of its parts that torch writes but does not look at.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if spoiled := file.testzip():
+                    raise ValueError(f"the checksum of {spoiled} is another")
     except FileNotFoundError:
         raise UserError(f"weights needed at {path}, found no such file: check the path, or train that run "
                         f"first") from None
@@ -311,17 +306,14 @@ def cost(model, size):
         # With a gradient, and attention as plain products: its short cuts are not counted by every torch.
         model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device, requires_grad=True))
     model.train(was_training)
-    heads = [child for name, child in model.named_children() if name.lower().startswith("aux")]
-    auxiliary = sum(p.numel() for head in heads for p in head.parameters())
-
-    def layers(network):
-        return sum(isinstance(layer, (nn.Conv2d, nn.Linear)) for layer in network.modules())
-
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    auxiliary = sum(n for name, n in sizes.items() if name.startswith(AUX_NAMES))
     return {
-        "parameters": sum(p.numel() for p in model.parameters()) - auxiliary,
+        "parameters": sum(sizes.values()) - auxiliary,
         "auxiliary_parameters": auxiliary,
         "multiply_adds": counter.get_total_flops() // 2,
-        "depth": layers(model) - sum(layers(head) for head in heads),
+        "depth": sum(isinstance(layer, (nn.Conv2d, nn.Linear)) for name, layer in model.named_modules()
+                     if not name.startswith(AUX_NAMES)),
         "megabytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6,
     }
 
@@ -362,24 +354,6 @@ def save_checkpoint(path, model, **facts):
             torch.save(content, part)
         except RuntimeError as error:  # torch's word for a full disk
             raise OSError(str(error).splitlines()[0]) from None
-        with open(part, "ab") as file:  # which torch reads over, and does not check for itself
-            file.write(SEAL % crc32(part))
-
-
-def crc32(path, leave=0):
-    """Of a file but for its last bytes."""
-    value, size = 0, os.path.getsize(path) - leave
-    with open(path, "rb") as file:
-        while size > 0 and (block := file.read(min(size, 1 << 20))):
-            value, size = zlib.crc32(block, value), size - len(block)
-    return value
-
-
-def whole(path):
-    """Whether a checkpoint ends in the CRC-32 of all that comes before."""
-    with open(path, "rb") as file:
-        file.seek(-min(len(SEAL % 0), os.path.getsize(path)), os.SEEK_END)
-        return file.read() == SEAL % crc32(path, len(SEAL % 0))
 
 
 def load_checkpoint(path):
@@ -388,8 +362,6 @@ def load_checkpoint(path):
     content = read_weights(path)
     if not {"format", "model", "facts"} <= content.keys():
         raise UserError(f"{path} holds tensors but is no checkpoint of this project: train one with train.py")
-    if content["format"] == FORMAT and not whole(path):
-        raise UserError(f"{path} does not hold the bytes that were written: it is damaged, train it anew")
     if content["format"] != FORMAT:
         raise UserError(f"{path} has checkpoint format {content['format']}, this code reads {FORMAT}: "
                         f"{'update the code' if content['format'] > FORMAT else 'train it anew'}")
@@ -403,6 +375,5 @@ def load_checkpoint(path):
     except RuntimeError as error:
         raise UserError(f"{path} does not fit {facts['arch']}, the network it names "
                         f"({str(error).splitlines()[1].strip()}): it is damaged") from None
-    kept = ("arch", "num_classes", "size", "aux", "transform_input", "input")
-    model.facts = {name: facts[name] for name in kept}
+    model.facts = facts
     return model.eval().requires_grad_(False), facts

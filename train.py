@@ -222,46 +222,49 @@ def view_films(images, device, theta=None):
     return view
 
 
-def view_features(model, tail, view):
-    """view(index): those films as they reach the tail, behind the frozen rest of the network."""
-    return torch.no_grad()(lambda index: models.features(model, tail, view(index)))
-
-
-def view_answers(model, view):
-    """view(index): what a teacher says of those films, its logits."""
-    return torch.no_grad()(lambda index: forward(model, view(index))[0])
-
-
 def view_rows(table, device):
     """view(index): rows of a table made beforehand, of features or of logits."""
     table = resident(table, device)
     return lambda index: table[index.to(table.device)].to(device).float()
 
 
-def tabulate(args, name, facts, view, n, dtype=np.float32):
-    """view(index) of all n films, computed once and kept in the cache: a table like the images.
+def ask_frozen(network, images, device, live, cache, name, facts, dtype=np.float32):
+    """views(theta): the view of what a frozen network, a teacher or the student's own body, says of films.
 
-    Without augmentation a frozen network, be it a teacher or the student's own body, says the same of a
-    film in every epoch, at every temperature and for every seed: it is asked once.
+    Of films that stay as they are it says the same in every epoch, at every temperature and for every seed:
+    it is asked once, and its answers are kept in the cache, a table like the images. Films that move with
+    theta it has to be asked about live.
     """
+    images = resident(images, device)
+
+    def ask(theta=None):
+        view = view_films(images, device, theta)
+        return torch.no_grad()(lambda index: network(view(index)))
 
     def fill(block, start):
         for index in torch.arange(len(block)).split(64):
             with np.errstate(over="ignore"):  # told below, in words
-                values = view(start + index).float().cpu().numpy().astype(dtype)
+                values = ask()(start + index).float().cpu().numpy().astype(dtype)
             if not np.isfinite(values).all():
                 raise UserError(f"finite {name} needed, found NaN or infinity: the network behind it "
                                 f"diverged, or they do not fit {np.dtype(dtype)}; use other weights")
             block[index.numpy()] = values
 
-    shape = (n, *view(torch.arange(1)).shape[1:])
-    return table(args.cache, name, facts, shape, dtype, fill)
+    if live:
+        return ask
+    shape = (len(images), *ask()(torch.arange(1)).shape[1:])
+    rows = view_rows(table(cache, name, facts, shape, dtype, fill), device)
+    return lambda theta=None: rows
 
 
-def feature_table(args, model, tail, split, view):
-    """A table of what reaches the tail; float16, for VGG16 has 25,088 numbers a film."""
+def learner_views(args, model, tail, split, device, live=False):
+    """views(theta): the view that the learning part has, films or what a frozen body makes of them."""
+    if tail is model:
+        images = resident(split.images, device)
+        return lambda theta=None: view_films(images, device, theta)
     facts = [args.arch, args.size, args.finetune, models.frozen_hash(model), split.fingerprint]
-    return tabulate(args, "features", facts, view_features(model, tail, view), len(split.labels), np.float16)
+    return ask_frozen(lambda x: models.features(model, tail, x), split.images, device, live, args.cache,
+                      "features", facts, np.float16)  # for VGG16 has 25,088 numbers a film
 
 
 def load_teacher(path, args, data, device):
@@ -285,22 +288,17 @@ def load_teacher(path, args, data, device):
     if facts["size"] != args.size:
         split = load_as(vars(args), facts["size"], ["train"]).train  # the same rows, at the teacher's size
     model.to(device, memory_format=torch.channels_last)
-    images, digest = resident(split.images, device), models.file_hash(models.checkpoint_file(path))
-    logits = None
-    if not args.augment:
-        key = [digest, facts["size"], split.fingerprint]
-        answers = view_answers(model, view_films(images, device))
-        logits = view_rows(tabulate(args, "teacher", key, answers, len(split.labels)), device)
-    name = facts["arch"] + stopped
-    return {"model": model, "images": images, "hash": digest, "logits": logits, "name": name}
+    digest = models.file_hash(models.checkpoint_file(path))
+    views = ask_frozen(lambda x: forward(model, x)[0], split.images, device, args.augment, args.cache,
+                       "teacher", [digest, facts["size"], split.fingerprint])
+    return {"views": views, "hash": digest, "name": facts["arch"] + stopped}
 
 
-def make_teacher(teachers, args, multilabel, device, theta=None):
-    """teacher(index): logits from the teachers' tables, or live about the very view of a film that the
-    student has, moved by the same matrices. Several teachers speak with one voice, their mean."""
-    voices = [t["logits"] or view_answers(t["model"], view_films(t["images"], device, theta))
-              for t in teachers]
-    return lambda index: mean_teacher([voice(index) for voice in voices], args.T, multilabel)
+def make_teacher(teachers, T, multilabel, theta=None):
+    """teacher(index): logits for the very view of a film that the student has, moved by the same matrices.
+    Several teachers speak with one voice, their mean."""
+    voices = [teacher["views"](theta) for teacher in teachers]
+    return lambda index: mean_teacher([voice(index) for voice in voices], T, multilabel)
 
 
 # ---- a run ------------------------------------------------------------------------------------------
@@ -374,14 +372,9 @@ def train(args):
     if history:
         print(f"going on after epoch {history[-1]['epoch']:g}")
     board = tensorboard(out, len(history)) if args.tensorboard and rank == 0 else None
-    images, frozen = resident(data.train.images, device), None
-    val_view = view_films(resident(data.val.images, device), device)
-    if tail is not model:
-        with first_alone():
-            val_view = view_rows(feature_table(args, model, tail, data.val, val_view), device)
-            if not args.augment:
-                seen = view_films(images, device)
-                frozen = view_rows(feature_table(args, model, tail, data.train, seen), device)
+    with first_alone():
+        views = learner_views(args, model, tail, data.train, device, args.augment)
+        val_view = learner_views(args, model, tail, data.val, device)()
 
     best, saved, n_batches = None, time.perf_counter(), len(batches(n, args.batch_size, None))
     looks = min(LOOKS, n_batches) if args.stop_at else 1  # mostly one, at the end of every epoch
@@ -391,10 +384,7 @@ def train(args):
         generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch + 1)  # order, augmentation
         torch.manual_seed(1_000_003 * args.seed + 1 + len(history) + 7919 * rank)  # dropout
         theta = poses(n, generator).to(device) if args.augment else None
-        view = view_films(images, device, theta)
-        if tail is not model:
-            view = frozen or view_features(model, tail, view)
-        teacher = make_teacher(teachers, args, data.multilabel, device, theta) if teachers else None
+        teacher = make_teacher(teachers, args.T, data.multilabel, theta) if teachers else None
         lr = args.lr * args.lr_gamma ** (epoch // args.lr_step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -403,7 +393,7 @@ def train(args):
         parts = progress(parts, f"epoch {done:>2g}/{args.epochs}")
         start = time.perf_counter()
         row = train_one_epoch(
-            tail, view, labels, parts, optimizer, teacher, args.T, args.alpha, args.label_smoothing,
+            tail, views(theta), labels, parts, optimizer, teacher, args.T, args.alpha, args.label_smoothing,
             models.AUX_WEIGHT.get(args.arch, 0.0), args.clip,
             device.type == "cuda" and not args.no_amp,  # on most CPUs bfloat16 is far slower than float32
         )

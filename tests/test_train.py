@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -284,7 +283,7 @@ def test_changed_flags_against_an_existing_run_are_named(few_phantoms):
 
 def teacher_of(args, films):
     teachers = [train.load_teacher(path, args, films, CPU) for path in args.teacher]
-    return lambda theta: train.make_teacher(teachers, args, False, CPU, theta)
+    return lambda theta: train.make_teacher(teachers, args.T, False, theta)
 
 
 def test_six_temperatures_ask_the_teacher_once(few_phantoms, monkeypatch):
@@ -415,10 +414,10 @@ def test_a_frozen_network_is_run_once_over_the_films_and_then_its_features_are_r
 
 
 def test_a_table_that_float16_cannot_hold_is_refused(tmp_path):
-    args = SimpleNamespace(cache=str(tmp_path))
+    films = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     with pytest.raises(data.UserError, match="finite features needed.*float16"):
-        huge = lambda index: torch.full((len(index), 3), 1e5)  # noqa: E731
-        train.tabulate(args, "features", [], huge, 4, train.np.float16)
+        huge = lambda x: torch.full((len(x), 3), 1e5)  # noqa: E731
+        train.ask_frozen(huge, films, CPU, False, tmp_path, "features", [], train.np.float16)
 
 
 def test_document_as_way_starts_all_fully_connected_layers_anew(few_phantoms):
@@ -442,8 +441,8 @@ def test_training_on_features_is_training_on_films_with_the_rest_frozen(pretrain
     for epoch in (1, 2):
         g = torch.Generator().manual_seed(epoch)
         parts = train.batches(24, 8, g)
-        through = train.view_features(model, tail, train.view_films(films.train.images, CPU))
-        train.train_one_epoch(tail, through, films.train.labels, parts, optimizer, clip=1.0)
+        reached = models.features(model, tail, data.prepare(films.train.images, CPU)).detach()
+        train.train_one_epoch(tail, reached.__getitem__, films.train.labels, parts, optimizer, clip=1.0)
     saved = torch.load(f"{by_table.out}/last.pt", weights_only=True)["model"]
     assert torch.allclose(saved["fc.weight"], model.fc.weight, atol=1e-4)  # the table is float16
 

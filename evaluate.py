@@ -96,8 +96,8 @@ def measure(logits, labels, weights, threshold=0.5):
 
     All ones gives the point estimates, bootstrap multiplicities their spread: one code for both.
     """
+    logits, weights = logits.double(), weights.double()
     scores, truth, calls = against_rest(logits, labels, threshold)
-    weights = weights.double()
     tp, fp, fn, tn = (
         weights @ ((calls == called) & (truth == is_true)).double()  # (R, K); NaN equals neither
         for called, is_true in ((True, 1), (True, 0), (False, 1), (False, 0))
@@ -109,25 +109,22 @@ def measure(logits, labels, weights, threshold=0.5):
         "precision": tp / (tp + fp).clamp(min=1e-12),  # nothing called positive: 0, as is customary
         "f1": (2 * tp / (2 * tp + fp + fn)).where(tp + fn > 0, torch.nan),
     }
-    known = [~column.isnan() for column in truth.T]
-    columns = list(enumerate(known))
-    for name, area in (("auc", auc), ("ap", average_precision)):
-        out[name] = torch.stack([area(scores[m, k], truth[m, k], weights[:, m]) for k, m in columns], 1)
-    if labels.dim() == 1:  # one label a film: confidence in the class that was called
-        out = {name: values.mean(1) for name, values in out.items()}
-        probability, called = logits.double().softmax(1).max(1)
-        right = called == labels
+    ranked = [(scores[m, k], truth[m, k], weights[:, m]) for k, m in enumerate(~truth.isnan().T)]
+    out["auc"] = torch.stack([auc(*column) for column in ranked], 1)
+    out["ap"] = torch.stack([average_precision(*column) for column in ranked], 1)
+    if labels.dim() == 1:  # one label a film: how sure of the class that was called, (N, 1)
+        sure, called = logits.softmax(1).max(1, keepdim=True)
+        right, losses = called == labels[:, None], F.cross_entropy(logits, labels, reduction="none")[:, None]
         if logits.shape[1] > 2:
-            out["accuracy"] = weights @ right.double() / weights.sum(1)
-        out["ece"] = calibration_error(probability, right, weights)
-        losses = F.cross_entropy(logits.double(), labels, reduction="none")
-        return {**out, "loss": weights @ losses / weights.sum(1)}
-    right = (scores > 0.5) == (truth == 1)
-    sure = torch.maximum(scores, 1 - scores)
-    gaps = [calibration_error(sure[m, k], right[m, k], weights[:, m]) for k, m in columns]
-    losses = F.binary_cross_entropy_with_logits(logits.double(), truth, reduction="none").nan_to_num()
-    losses = weights @ losses / (weights @ (~truth.isnan()).double())
-    return {**out, "ece": torch.stack(gaps, 1), "loss": losses}
+            out["accuracy"] = weights @ right.double() / weights.sum(1, keepdim=True)
+    else:  # (N, K)
+        sure, right = torch.maximum(scores, 1 - scores), (scores > 0.5) == (truth == 1)
+        losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    known = ~losses.isnan()
+    told = [(sure[m, k], right[m, k], weights[:, m]) for k, m in enumerate(known.T)]
+    out["ece"] = torch.stack([calibration_error(*column) for column in told], 1)
+    out["loss"] = weights @ losses.nan_to_num() / (weights @ known.double())
+    return {name: values.mean(1) for name, values in out.items()} if labels.dim() == 1 else out
 
 
 def confusion(logits, labels, classes, threshold=0.5):

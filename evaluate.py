@@ -607,8 +607,8 @@ def findings(groups, data):
 
 def stopped_at(facts):
     """", stopped at 0.5" for a defective teacher, "" for one that was trained to the end."""
-    cut = facts["args"]["stop_at"] and facts["epoch"] < facts["args"]["epochs"]
-    return f", stopped at {facts['args']['stop_at']:g}" if cut else ""
+    stop_at = facts["args"]["stop_at"]
+    return f", stopped at {stop_at:g}" if stop_at and mean(facts["validation"]["accuracy"]) > stop_at else ""
 
 
 def grid(groups):

@@ -313,7 +313,7 @@ def cost(model, size):
         "auxiliary_parameters": auxiliary,
         "multiply_adds": counter.get_total_flops() // 2,
         "depth": sum(isinstance(layer, (nn.Conv2d, nn.Linear)) for name, layer in model.named_modules()
-                     if not name.startswith(AUX_NAMES)),
+                     if not f"{name}.".startswith(AUX_NAMES)),
         "megabytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6,
     }
 

@@ -22,7 +22,7 @@ from torchvision.io import ImageReadMode, decode_image
 from data import UserError, decoding, device_flag, list_films, load, origin, parser, prepare, run
 from evaluate import markdown, write_json
 from models import AUX_WEIGHT, bare_network, build, cost, exported, features, forward, split
-from train import RECIPES, train_one_epoch, view_films, view_rows
+from train import RECIPES, train_one_epoch, view_of
 
 NATIVE = {"inception_v3": 299}  # the side of the films a network was made for; 224 for the others
 FILMS = 5216  # in an epoch, where hours are given: the public set's training films
@@ -95,7 +95,7 @@ def make_epoch(arch, size, args, device):
     parts = torch.randperm(n, device=device).split(args.batch_size)
 
     def epoch(learner=model, view=None, optimizer=sgd, teacher=None):
-        train_one_epoch(learner, view or view_films(images, device), labels, parts, optimizer, teacher,
+        train_one_epoch(learner, view or view_of(images, device), labels, parts, optimizer, teacher,
                         aux_weight=AUX_WEIGHT.get(arch, 0.0), amp=device.type == "cuda")
 
     return model, sgd, images, labels, parts, epoch
@@ -158,14 +158,14 @@ def distillation(teacher_arch, student_arch, sizes, args, device):
     side = sizes[teacher_arch]
     teacher = build(teacher_arch, 2, side).to(device, memory_format=torch.channels_last).eval()
     shape = (len(images), 1, side, side)
-    large = view_films(torch.randint(0, 256, shape, dtype=torch.uint8, device=device), device)
-    table = view_rows(torch.randn(len(images), 2), device)
+    large = view_of(torch.randint(0, 256, shape, dtype=torch.uint8, device=device), device)
+    table = view_of(torch.randn(len(images), 2), device)
 
     fixed = build(student_arch, 2, sizes[student_arch]).to(device, memory_format=torch.channels_last)
     tail = split(fixed, "head")
     with torch.no_grad():
         reached = torch.cat([features(fixed, tail, prepare(images[index], device)) for index in parts])
-    reached = view_rows(reached, device)  # in another order than the labels, which costs the same
+    reached = view_of(reached, device)  # in another order than the labels, which costs the same
     head_sgd = torch.optim.SGD(tail.parameters(), 1e-4, 0.9, fused=True)
 
     times = in_turns({

@@ -10,7 +10,6 @@ A recipe is a set of defaults, nothing more; any flag overrides it. --help shows
 and data that stand beside it.
 """
 
-import copy
 import csv
 import math
 import os
@@ -20,7 +19,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import models
@@ -29,7 +27,7 @@ from evaluate import mean, metrics, predict, stopped_at
 from kd import distillation_loss, label_loss, mean_teacher
 from models import forward
 
-SAVE_SECONDS = 20  # weights are written no more often: AlexNet has 0.7 GB to save, and epochs of a second
+SAVE_SECONDS = 20  # between two last.pt at least: AlexNet has 0.7 GB to save, and epochs of a second
 
 
 def recipe(both, teacher, student):
@@ -63,26 +61,22 @@ RECIPES = {  # RECIPES[name][role]: flag -> value
     # features. Epochs and learning rate are ours. Its 1000 films a class are parted 800 / 200.
     "course": recipe(
         dict(weights="imagenet", per_class=1000, val_fraction=0.2, epochs=25, lr=1e-3, lr_gamma=0.1),
-        teacher=dict(arch="googlenet"),
-        student=dict(arch="alexnet"),
+        teacher=dict(arch="googlenet"), student=dict(arch="alexnet"),
     ),
     # A dissertation (MSc, 2021) after arXiv 1909.11723: 2201 + 250 films a class. T is ours.
     "mura": recipe(
         dict(weights="imagenet", per_class=2451, val_fraction=0.102, optimizer="adam", lr=1e-4, lr_gamma=1.0,
              batch_size=16, epochs=20, T=4.0),
-        teacher=dict(arch="seresnet50"),
-        student=dict(arch="resnet18"),
+        teacher=dict(arch="seresnet50"), student=dict(arch="resnet18"),
     ),
     # arXiv 2305.06244: several findings a film. mnasnet1_0 stands in for its EEEA-Net-C2.
     "multilabel": recipe(
         dict(weights="imagenet", epochs=10, lr_step=4, lr_gamma=0.1, clip=1.0, T=4.0),
-        teacher=dict(arch="densenet161"),
-        student=dict(arch="mnasnet1_0"),
+        teacher=dict(arch="densenet161"), student=dict(arch="mnasnet1_0"),
     ),
     "findings": recipe(  # its miniature: built-in films, random weights
         dict(data="findings", size=96, epochs=10, batch_size=16, lr=0.05, lr_step=7, lr_gamma=0.2, clip=1.0),
-        teacher=dict(arch="resnet18"),
-        student=dict(arch="mnasnet1_0"),
+        teacher=dict(arch="resnet18"), student=dict(arch="mnasnet1_0"),
     ),
 }
 LOOKS = 10  # a run that is to stop at some accuracy looks at validation so often an epoch
@@ -143,9 +137,8 @@ def train_one_epoch(model, view, labels, batches, optimizer, teacher=None, T=1.0
         if clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-        with torch.no_grad():  # sums stay on the device: reading them here would stall a GPU at every step
-            means = torch.stack([loss, hard, soft, accuracy(logits, labels[index])])
-            sums += weight * len(batch) * means
+        means = torch.stack([loss, hard, soft, accuracy(logits, labels[index])]).detach()
+        sums += weight * len(batch) * means  # which stays on the device: reading it would stall a GPU
         seen += len(batch)
     add_up([sums])
     from_first(*model.buffers())  # BatchNorm's averages
@@ -169,13 +162,9 @@ def share(batch):
 
 
 def add_up(tensors):
-    """Replace each tensor by its sum over the processes, all in one message."""
-    if processes() == (0, 1):
-        return
-    flat = torch.cat([t.flatten() for t in tensors])
-    torch.distributed.all_reduce(flat)
-    for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        t.copy_(part.view_as(t))
+    """Replace each tensor by its sum over the processes."""
+    for tensor in tensors if processes() != (0, 1) else []:
+        torch.distributed.all_reduce(tensor)
 
 
 def from_first(*tensors):
@@ -205,66 +194,51 @@ def accuracy(logits, labels):
 # ---- what the loop is fed ---------------------------------------------------------------------------
 
 
-def resident(tensor, device):
-    """On a GPU a whole table moves there once, if it fits: no batch waits for the bus afterwards."""
-    if device.type == "cuda" and tensor.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        return tensor.to(device)
-    return tensor
+def view_of(table, device):
+    """view(index, theta=None): rows of a table as a network reads them. Films, which are bytes, are
+    normalised, and moved by their affine matrices if there are any; features and logits stay as they are."""
+    if device.type == "cuda" and table.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        table = table.to(device)  # once, if it fits: no batch waits for the bus afterwards
 
-
-def view_films(images, device, theta=None):
-    """view(index): those films as a network reads them, moved by their affine matrices if there are any."""
-
-    def view(index):
-        moved = None if theta is None else theta[index.to(theta.device)]
-        return prepare(images[index.to(images.device)], device, moved)
+    def view(index, theta=None):
+        rows = table[index.to(table.device)]
+        if rows.dtype != torch.uint8:
+            return rows.to(device).float()
+        return prepare(rows, device, None if theta is None else theta[index.to(theta.device)])
 
     return view
 
 
-def view_rows(table, device):
-    """view(index): rows of a table made beforehand, of features or of logits."""
-    table = resident(table, device)
-    return lambda index: table[index.to(table.device)].to(device).float()
-
-
-def ask_frozen(network, images, device, live, cache, name, facts, dtype=np.float32):
-    """views(theta): the view of what a frozen network, a teacher or the student's own body, says of films.
+def view_through(network, images, device, live, cache, name, facts, dtype="float32"):
+    """The view of what a frozen network, a teacher or the student's own body, makes of films.
 
     Of films that stay as they are it says the same in every epoch, at every temperature and for every seed:
-    it is asked once, and its answers are kept in the cache, a table like the images. Films that move with
-    theta it has to be asked about live.
+    it is asked once, and its answers are kept, a table like the images. Moving films it is asked about live.
     """
-    images = resident(images, device)
-
-    def ask(theta=None):
-        view = view_films(images, device, theta)
-        return torch.no_grad()(lambda index: network(view(index)))
-
-    def fill(block, start):
-        for index in torch.arange(len(block)).split(64):
-            with np.errstate(over="ignore"):  # told below, in words
-                values = ask()(start + index).float().cpu().numpy().astype(dtype)
-            if not np.isfinite(values).all():
-                raise UserError(f"finite {name} needed, found NaN or infinity: the network behind it "
-                                f"diverged, or they do not fit {np.dtype(dtype)}; use other weights")
-            block[index.numpy()] = values
-
+    films = view_of(images, device)
+    ask = torch.no_grad()(lambda index, theta=None: network(films(index, theta)))
     if live:
         return ask
-    shape = (len(images), *ask()(torch.arange(1)).shape[1:])
-    rows = view_rows(table(cache, name, facts, shape, dtype, fill), device)
-    return lambda theta=None: rows
+
+    def fill(block, start):
+        rows = torch.from_numpy(block)
+        for index in torch.arange(len(rows)).split(64):
+            rows[index] = ask(start + index).to("cpu", rows.dtype)
+        if not rows.isfinite().all():
+            raise UserError(f"finite {name} needed, found NaN or infinity: the network behind it diverged, "
+                            f"or they do not fit {dtype}; use other weights")
+
+    shape = (len(images), *ask(torch.arange(1)).shape[1:])
+    return view_of(table(cache, name, facts, shape, dtype, fill), device)
 
 
-def learner_views(args, model, tail, split, device, live=False):
-    """views(theta): the view that the learning part has, films or what a frozen body makes of them."""
+def view_of_learner(args, model, tail, split, device, live=False):
+    """What the learning part reads: films, or what the frozen body in front of it makes of them."""
     if tail is model:
-        images = resident(split.images, device)
-        return lambda theta=None: view_films(images, device, theta)
+        return view_of(split.images, device)
     facts = [args.arch, args.size, args.finetune, models.frozen_hash(model), split.fingerprint]
-    return ask_frozen(lambda x: models.features(model, tail, x), split.images, device, live, args.cache,
-                      "features", facts, np.float16)  # for VGG16 has 25,088 numbers a film
+    return view_through(lambda x: models.features(model, tail, x), split.images, device, live, args.cache,
+                        "features", facts, "float16")  # for VGG16 has 25,088 numbers a film
 
 
 def load_teacher(path, args, data, device):
@@ -283,22 +257,20 @@ def load_teacher(path, args, data, device):
     stopped = stopped_at(facts)
     print(f"taught by {path}: {facts['arch']}{stopped}, {facts['size']} px, epoch {facts['epoch']:g}, "
           f"validation accuracy {100 * mean(facts['validation']['accuracy']):.1f} %"
-          + ("" if stopped else ", trained to the end"))
+          + ("" if stopped else ", not stopped early"))
     split = data.train
     if facts["size"] != args.size:
         split = load_as(vars(args), facts["size"], ["train"]).train  # the same rows, at the teacher's size
     model.to(device, memory_format=torch.channels_last)
     digest = models.file_hash(models.checkpoint_file(path))
-    views = ask_frozen(lambda x: forward(model, x)[0], split.images, device, args.augment, args.cache,
-                       "teacher", [digest, facts["size"], split.fingerprint])
-    return {"views": views, "hash": digest, "name": facts["arch"] + stopped}
+    view = view_through(lambda x: forward(model, x)[0], split.images, device, args.augment, args.cache,
+                        "teacher", [digest, facts["size"], split.fingerprint])
+    return {"view": view, "hash": digest, "name": facts["arch"] + stopped}
 
 
 def make_teacher(teachers, T, multilabel, theta=None):
-    """teacher(index): logits for the very view of a film that the student has, moved by the same matrices.
-    Several teachers speak with one voice, their mean."""
-    voices = [teacher["views"](theta) for teacher in teachers]
-    return lambda index: mean_teacher([voice(index) for voice in voices], T, multilabel)
+    """teacher(index): logits for the very view of a film that the student has, moved by the same matrices."""
+    return lambda index: mean_teacher([t["view"](index, theta) for t in teachers], T, multilabel)
 
 
 # ---- a run ------------------------------------------------------------------------------------------
@@ -316,15 +288,13 @@ def resume(args, now, model, optimizer):
     if not path.exists():
         return []
     saved, facts = models.load_checkpoint(path)
-    for what in ("films", "teachers"):
-        if facts[what] != now[what]:
-            raise UserError(f"{args.out} was begun with other {what}: choose another --out, or remove it")
-    ours, theirs = vars(args), facts["args"]
-    free = ("device", "cache", "out", "tensorboard")
-    changed = [k for k in ours if k not in free and ours[k] != theirs.get(k)]
-    if changed:
-        told = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)} (now {ours[k]})" for k in changed)
-        raise UserError(f"{args.out} was begun with {told}: repeat that command, or choose another --out")
+    told = [f"other {what}" for what in ("films", "teachers", "processes") if facts.get(what) != now[what]]
+    told += [f"--{flag.replace('_', '-')} {facts['args'].get(flag)} (now {value})"
+             for flag, value in vars(args).items()
+             if flag not in ("device", "cache", "out", "tensorboard") and value != facts["args"].get(flag)]
+    if told:
+        raise UserError(f"{args.out} was begun with {', '.join(told)}: repeat that command, or choose "
+                        f"another --out")
     model.load_state_dict(saved.state_dict())
     optimizer.load_state_dict(facts["optimizer"])
     return facts["history"]
@@ -351,7 +321,7 @@ def train(args):
     facts = {"args": vars(args), "classes": data.classes, "multilabel": data.multilabel,
              "train_groups": sorted(set(data.train.groups)), "provenance": origin(),
              "films": [data.train.fingerprint, data.val.fingerprint],
-             "teachers": [teacher["hash"] for teacher in teachers],
+             "processes": processes()[1], "teachers": [teacher["hash"] for teacher in teachers],
              "taught_by": [teacher["name"] for teacher in teachers]}
     refuse_stop_at(args, data)
 
@@ -373,10 +343,10 @@ def train(args):
         print(f"going on after epoch {history[-1]['epoch']:g}")
     board = tensorboard(out, len(history)) if args.tensorboard and rank == 0 else None
     with first_alone():
-        views = learner_views(args, model, tail, data.train, device, args.augment)
-        val_view = learner_views(args, model, tail, data.val, device)()
+        view = view_of_learner(args, model, tail, data.train, device, args.augment)
+        val_view = view_of_learner(args, model, tail, data.val, device)
 
-    best, saved, n_batches = None, time.perf_counter(), len(batches(n, args.batch_size, None))
+    saved, n_batches = time.perf_counter(), len(batches(n, args.batch_size, None))
     looks = min(LOOKS, n_batches) if args.stop_at else 1  # mostly one, at the end of every epoch
     while not history or not finished(args, history[-1]):
         # Every random choice of an epoch follows from seed and epoch: a run can go on from any of them.
@@ -386,15 +356,14 @@ def train(args):
         theta = poses(n, generator).to(device) if args.augment else None
         teacher = make_teacher(teachers, args.T, data.multilabel, theta) if teachers else None
         lr = args.lr * args.lr_gamma ** (epoch // args.lr_step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         parts = batches(n, args.batch_size, generator, device)[look::looks]
         done = len(history) + 1 if looks == 1 else (len(history) + 1) / looks  # epochs after this: 3, or 0.3
         parts = progress(parts, f"epoch {done:>2g}/{args.epochs}")
         start = time.perf_counter()
         row = train_one_epoch(
-            tail, views(theta), labels, parts, optimizer, teacher, args.T, args.alpha, args.label_smoothing,
-            models.AUX_WEIGHT.get(args.arch, 0.0), args.clip,
+            tail, lambda index, theta=theta: view(index, theta), labels, parts, optimizer, teacher,
+            args.T, args.alpha, args.label_smoothing, models.AUX_WEIGHT.get(args.arch, 0.0), args.clip,
             device.type == "cuda" and not args.no_amp,  # on most CPUs bfloat16 is far slower than float32
         )
         seconds = time.perf_counter() - start
@@ -407,17 +376,15 @@ def train(args):
         better = all((row[score], -row["val_loss"]) > (r[score], -r["val_loss"]) for r in history)
         history.append(row)
         facts |= {"epoch": done, "train_accuracy": row["train_accuracy"], "validation": judged}
-        if better:  # a copy in memory, for the disk is slow
-            best = copy.deepcopy(model), dict(facts)
         if rank == 0:
             write_history(out / "history.csv", history, board)
+        if rank == 0 and better:
+            models.save_checkpoint(out / "best.pt", model, **facts)
         if rank == 0 and (finished(args, row) or time.perf_counter() - saved >= SAVE_SECONDS):
-            if best:
-                models.save_checkpoint(out / "best.pt", best[0], **best[1])
             state = {"history": history, "optimizer": optimizer.state_dict()}
-            # The last to be written: killed before, the run repeats what came since.
+            # After best.pt: killed before this, the run repeats what came since.
             models.save_checkpoint(out / "last.pt", model, **facts, **state)
-            best, saved = None, time.perf_counter()
+            saved = time.perf_counter()
         print(describe(args, row) + ("  best" if better else ""), flush=True)
     print(f"{summary(history)}; {out}/best.pt")
 
@@ -432,12 +399,11 @@ def summary(history):
 
 def refuse_stop_at(args, data):
     """A defective teacher must at least know more than which class is the commonest."""
-    if args.stop_at and data.multilabel:
-        raise UserError("--stop-at needs films of one class each, these may have several: leave it out")
-    floor = 0 if data.multilabel else data.val.labels.bincount().max().item() / len(data.val.labels)
-    if args.stop_at and args.stop_at < floor:
-        raise UserError(f"--stop-at must be {floor:.3f} or more, which calling every film by the commonest "
-                        f"class reaches on validation, got {args.stop_at:g}")
+    if args.stop_at and not data.multilabel:
+        floor = data.val.labels.bincount().max().item() / len(data.val.labels)
+        if args.stop_at < floor:
+            raise UserError(f"--stop-at must be {floor:.3f} or more, which calling every film by the "
+                            f"commonest class reaches on validation, got {args.stop_at:g}")
 
 
 def validate(tail, view, data, device):
@@ -483,14 +449,10 @@ def run_name(p, args):
     """The role, and whatever differs from the recipe: student-T10-seed2, teacher-resnet18."""
     name = args.role + (f"-T{args.T:g}" if args.role == "student" else "")
     for flag, value in vars(args).items():
-        if flag in UNNAMED or value == p.get_default(flag):
-            continue
-        if flag == "teacher":
-            name += "".join(f"-of-{Path(path).name}" for path in value)
-        elif flag in ("arch", "weights"):
-            name += f"-{Path(value).stem}"
-        else:
-            name += "-" + flag.replace("_", "") + ("" if value is True else str(value))
+        if flag not in UNNAMED and value != p.get_default(flag):
+            label = {"arch": "", "weights": "", "teacher": "of-"}.get(flag, flag.replace("_", ""))
+            for each in value if isinstance(value, list) else [value]:
+                name += f"-{label}" + ("" if each is True else Path(str(each)).name)
     return name
 
 
@@ -506,11 +468,9 @@ def check(p, args):
         p.error(f"--alpha mixes labels (0) and teacher (1), so it must lie in [0, 1], got {args.alpha}")
     if not 0 < args.val_fraction < 1 or not 0 <= args.label_smoothing < 1:
         p.error("--val-fraction must lie between 0 and 1, and --label-smoothing from 0 to below 1")
-    if args.arch not in models.architectures():
-        p.error(f"--arch needs one of {', '.join(models.architectures())}; got {args.arch}")
     if args.teacher and args.role != "student":
         p.error(f"--teacher belongs to --role student; a {args.role} learns from labels alone")
-    if args.stop_at and (args.role != "teacher" or not 0 < args.stop_at < 1):
+    if args.stop_at is not None and (args.role != "teacher" or not 0 < args.stop_at < 1):
         p.error("--stop-at makes a defective teacher: a share between 0 and 1, with --role teacher")
     if args.label_smoothing and args.role == "student":
         p.error("--label-smoothing is for --role baseline or teacher; a student has its teacher")
@@ -526,7 +486,8 @@ def get_args(argv=None):
     g = p.add_argument_group("what is trained")
     g.add_argument("--role", required=True, choices=["teacher", "baseline", "student"], help="what to train")
     g.add_argument("--recipe", choices=RECIPES, help="set of defaults; by itself demo, with --data pneumonia")
-    g.add_argument("--arch", default="alexnet", help="the network, any classifier of torchvision")
+    g.add_argument("--arch", default="alexnet", choices=models.architectures(), metavar="ARCH",
+                   help="the network, any classifier of torchvision")
     g.add_argument("--weights", default="none", help="to start from: none (random), imagenet, or a file")
     g.add_argument("--finetune", default="all", choices=["all", "fc", "head"],
                    help="what learns: all layers, the fully connected ones, the new last one")
@@ -579,7 +540,7 @@ def get_args(argv=None):
     args.out = args.out or f"runs/{name}/{run_name(p, args)}"
     if args.role == "student" and not args.teacher:
         args.teacher = [f"runs/{name}/teacher"]
-    if Path(args.out).resolve() in [Path(path).resolve() for path in args.teacher or []]:
+    if Path(args.out).resolve() in [models.checkpoint_file(t).resolve().parent for t in args.teacher or []]:
         p.error(f"a student cannot be its own teacher: --out is {args.out} and so is --teacher")
     return args
 
@@ -589,12 +550,14 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # by torchrun
         if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if "cuda" in args.device else "gloo")
     if processes()[0]:  # one process tells and writes
         sys.stdout = open(os.devnull, "w")
     try:
         train(args)
+        if processes()[1] > 1:
+            torch.distributed.destroy_process_group()  # or a process may abort on its way out
     except KeyboardInterrupt:
         last = Path(args.out) / "last.pt"
         done = models.load_checkpoint(last)[1]["epoch"] if last.exists() else 0

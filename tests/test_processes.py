@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, fit
 
+import data
 import models
 import train
 
@@ -63,7 +64,7 @@ def torchrun(*flags, code=None, port):
 FEW = "import data, train\ndata.PHANTOMS = {'train': (24, 11), 'val': (12, 12), 'test': (16, 13)}\n"
 
 
-def test_one_process_writes_and_tells_and_the_run_can_be_taken_up_again(tmp_path):
+def test_one_process_writes_and_tells_and_the_run_can_be_taken_up_by_as_many(few_phantoms):
     main = FEW + "data.run(train.main)\n"
     first = torchrun("--out", "run", "--epochs", "1", code=main, port="29615")
     assert first.returncode == 0, first.stderr
@@ -72,6 +73,8 @@ def test_one_process_writes_and_tells_and_the_run_can_be_taken_up_again(tmp_path
     again = torchrun("--out", "run", "--epochs", "1", code=main, port="29617")
     assert again.returncode == 0 and again.stdout.count("run is finished") == 1
     assert models.load_checkpoint("run")[1]["epoch"] == 1
+    with pytest.raises(data.UserError, match="begun with other processes"):  # whose bits would be others
+        fit("--out", "run", "--epochs", "1")
 
 
 def test_a_run_of_two_processes_that_both_died_is_taken_up_to_the_same_bits(tmp_path):

@@ -17,12 +17,12 @@ class Tiny(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 5, 3, stride=2, padding=1)
         self.norm = nn.BatchNorm2d(5)
-        self.aux = nn.Linear(5, 7)
+        self.aux1 = nn.Linear(5, 7)
         self.fc = nn.Linear(5, 2)
 
     def forward(self, x):
         x = self.norm(self.conv(x)).mean((2, 3))
-        return (self.fc(x), self.aux(x)) if self.training else self.fc(x)
+        return (self.fc(x), self.aux1(x)) if self.training else self.fc(x)
 
 
 def test_the_cost_of_a_tiny_network_is_its_closed_form():

@@ -88,22 +88,26 @@ def test_every_network_of_the_dissertation_takes_a_step_in_every_role_and_in_bot
 # ---- teachers that were stopped
 
 
-def test_a_defective_teacher_ends_within_an_epoch_once_validation_passes_the_threshold(
-    few_phantoms, monkeypatch, capsys
-):
+def fit_stopped(monkeypatch):
+    """Batches of 4, so six looks an epoch; validation says .5 at the first and .02 more at every other."""
     real, said = train.metrics, []
 
-    def judged(*args):  # what validation says at each look: a tenth of an epoch apart, here a sixth
+    def judged(*args):
         said.append(0.5 + 0.02 * len(said))
         return {**real(*args), "accuracy": said[-1]}
 
-    monkeypatch.setattr(train, "metrics", judged)
-    fit("--stop-at", "0.57", "--batch-size", "4", "--out", "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "metrics", judged)
+        fit("--stop-at", "0.57", "--batch-size", "4", "--out", "stopped")
+
+
+def test_a_defective_teacher_ends_within_an_epoch_once_validation_passes_the_threshold(
+    few_phantoms, monkeypatch, capsys
+):
+    fit_stopped(monkeypatch)
     rows = list(csv.DictReader(open("stopped/history.csv")))
     assert [float(row["val_accuracy"]) for row in rows] == pytest.approx([0.5, 0.52, 0.54, 0.56, 0.58])
     assert float(rows[-1]["epoch"]) == pytest.approx(5 / 6)
-    monkeypatch.setattr(train, "metrics", real)
-
     _, facts = models.load_checkpoint("stopped")
     assert facts["epoch"] == pytest.approx(5 / 6) and facts["args"]["stop_at"] == 0.57
     capsys.readouterr()
@@ -115,9 +119,11 @@ def test_a_defective_teacher_ends_within_an_epoch_once_validation_passes_the_thr
 
 
 def test_a_run_that_never_reached_the_threshold_is_no_defective_teacher(few_phantoms, capsys):
-    fit("--stop-at", "0.999", "--out", "whole", "--epochs", "1", "--lr", "1e-9")
-    fit("--teacher", "whole/last.pt", "--out", "student", role="student")  # last.pt teaches too
-    assert "taught by whole/last.pt: squeezenet1_1, 32 px, epoch 1," in capsys.readouterr().out
+    fit("--stop-at", "0.999", "--out", "whole", "--lr", "1e-9")
+    fit("--teacher", "whole/last.pt", "whole", "--out", "student", role="student")  # last.pt teaches too
+    said = capsys.readouterr().out
+    assert "taught by whole/last.pt: squeezenet1_1, 32 px, epoch 2," in said
+    assert "taught by whole: squeezenet1_1, 32 px" in said and said.count("not stopped early") == 2
 
 
 def test_every_film_is_seen_once_an_epoch_however_often_validation_is_looked_at(few_phantoms, monkeypatch):
@@ -179,16 +185,16 @@ def test_label_smoothing_at_the_same_seed_trains_another_network_and_is_named(fe
     assert not all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_grid_has_a_row_a_teacher_and_a_column_a_student(few_phantoms, capsys):
+def test_the_grid_has_a_row_a_teacher_and_a_column_a_student(few_phantoms, monkeypatch, capsys):
     fit("--out", "t")
-    fit("--out", "half", "--stop-at", "0.51", "--epochs", "1", "--lr", "0.0001")
+    fit_stopped(monkeypatch)
     runs = ["t"]
     for seed in ("0", "1"):
         for name, flags, role in (
             ("alone", (), "baseline"),
             ("smooth", ("--label-smoothing", "0.1"), "baseline"),
             ("taught", ("--teacher", "t"), "student"),
-            ("defective", ("--teacher", "half"), "student"),
+            ("defective", ("--teacher", "stopped"), "student"),
         ):
             runs.append(name + seed)
             fit("--out", runs[-1], "--seed", seed, *flags, role=role)
@@ -199,7 +205,7 @@ def test_the_grid_has_a_row_a_teacher_and_a_column_a_student(few_phantoms, capsy
             (text[1] + text[2]).split("\n\n")[0].splitlines()]  # fmt: skip
     assert rows[0] == ["train / val / test accuracy", "squeezenet1_1"]
     assert [row[0] for row in rows[2:]] == [
-        "no teacher", "no teacher, label smoothing 0.1", "squeezenet1_1", "squeezenet1_1, stopped at 0.51"
+        "no teacher", "no teacher, label smoothing 0.1", "squeezenet1_1", "squeezenet1_1, stopped at 0.57"
     ]  # fmt: skip
     tests = [evaluate.json.loads((data.Path(f"taught{s}") / "metrics.json").read_text()) for s in (0, 1)]
     accuracy = [100 * t["test"]["0.5"]["accuracy"] for t in tests]

@@ -207,7 +207,7 @@ def test_the_best_epoch_on_validation_is_kept_and_history_tells_it(few_phantoms)
     model, facts = models.load_checkpoint(args.out)
     assert facts["epoch"] == best["epoch"] and facts["validation"]["accuracy"] == best["val_accuracy"]
     val = data.load("phantoms", 32, ("val",)).val
-    logits = train.predict(model, train.view_films(val.images, CPU), 12)
+    logits = train.predict(model, train.view_of(val.images, CPU), 12)
     assert train.label_loss(logits, val.labels).item() == pytest.approx(best["val_loss"], rel=1e-4)
 
 
@@ -323,8 +323,8 @@ def test_under_augmentation_the_teacher_is_asked_about_the_very_view_the_student
     real = train.forward
     monkeypatch.setattr(train, "forward", lambda model, x: (seen.append(x), real(model, x))[1])
     teacher_of(args, films)(theta)(index)
-    assert torch.equal(seen[0], train.view_films(films.train.images, CPU, theta)(index))
-    assert not torch.equal(seen[0], train.view_films(films.train.images, CPU)(index))
+    assert torch.equal(seen[0], train.view_of(films.train.images, CPU)(index, theta))
+    assert not torch.equal(seen[0], train.view_of(films.train.images, CPU)(index))
 
 
 def test_a_student_learns_what_its_teacher_says_even_where_the_labels_say_otherwise(
@@ -341,7 +341,7 @@ def test_a_student_learns_what_its_teacher_says_even_where_the_labels_say_otherw
     fit("--teacher", "teacher", "--alpha", "1", "--out", "student", "--epochs", "3", role="student")
     student, _ = models.load_checkpoint("student/last.pt")
     films = data.load("phantoms", 32).val
-    says = train.predict(student, train.view_films(films.images, CPU), 16).softmax(1)[:, 1]
+    says = train.predict(student, train.view_of(films.images, CPU), 16).softmax(1)[:, 1]
     assert says.mean() < 0.3
 
 
@@ -417,7 +417,7 @@ def test_a_table_that_float16_cannot_hold_is_refused(tmp_path):
     films = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     with pytest.raises(data.UserError, match="finite features needed.*float16"):
         huge = lambda x: torch.full((len(x), 3), 1e5)  # noqa: E731
-        train.ask_frozen(huge, films, CPU, False, tmp_path, "features", [], train.np.float16)
+        train.view_through(huge, films, CPU, False, tmp_path, "features", [], "float16")
 
 
 def test_document_as_way_starts_all_fully_connected_layers_anew(few_phantoms):
@@ -466,12 +466,14 @@ def say(*argv):
     (["--role", "student", "--T", "0"], "--T must be a number above 0"),
     (["--role", "student", "--T", "nan"], "--T must be a number above 0"),
     (["--role", "teacher", "--batch-size", "1"], "--batch-size must be a number above 1"),
+    (["--role", "teacher", "--stop-at", "0"], "a share between 0 and 1"),
+    (["--role", "student", "--teacher", "x/best.pt", "--out", "x"], "its own teacher"),
     (["--role", "teacher", "--teacher", "x"], "--teacher belongs to --role student"),
     (["--role", "teacher", "--finetune", "head"], "would freeze random ones"),
     (["--role", "student", "--label-smoothing", "0.1"], "--role baseline"),
     (["--role", "teacher", "--epochs", "0"], "--epochs must be a number above 0"),
     (["--role", "teacher", "--no-such-flag"], "unrecognized"),
-    (["--role", "teacher", "--arch", "alexnett"], "alexnet, "),
+    (["--role", "teacher", "--arch", "alexnett"], "alexnet"),
     (["--role", "teacher", "--device", "cuda"], "cuda cannot be used here"),
     (["--role", "teacher", "--per-class", "0"], "--per-class must be a number above 0"),
     (["--role", "teacher", "--clip", "-1"], "--clip must be"),

@@ -14,7 +14,7 @@ of the training films by patient and depends on nothing but patients' names, nev
 import argparse
 import ast
 import csv
-import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -22,7 +22,6 @@ import math
 import os
 import platform
 import re
-import struct
 import subprocess
 import sys
 import urllib.error
@@ -39,19 +38,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.io import ImageReadMode, decode_image, encode_png
+from torchvision.transforms.functional import resize
 from torchvision.utils import make_grid
 
 VERSION = 2  # of what is written into caches: raise it when the same files would give other pixels
 URL = "https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded"  # noqa: E501
 SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
 PAPER = {"train": (1363, 3922), "test": (236, 394)}  # NORMAL, PNEUMONIA: Table III of arXiv 2406.08837
-FILM = re.compile(r"[^.].*\.(jpe?g|png)", re.IGNORECASE)  # and not .DS_Store, ._person1_virus_6.jpeg
 # A patient, in the paths of the public set and of MURA. Bacteria and virus are two series of numbers:
 # person7_virus is another child than person7_bacteria, and NORMAL2-IM-0007 another than IM-0007.
 PATIENT = re.compile(r"person\d+_(?:bacteria|virus)|(?:NORMAL2-)?IM-\d+|(?:NORMAL|BACTERIA|VIRUS)-\d+"
                      r"|patient\d+")
 MOST_PIXELS, LEAST_SIDE = 100_000_000, 8  # what a picture may claim and still be a film
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for grey films all the same
+# ImageNet's, for grey films all the same; as a shift and a scale of bytes.
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+SHIFT, SCALE = -MEAN / STD, 1 / (255 * STD)
 
 
 class UserError(ValueError):
@@ -167,31 +168,30 @@ def list_films(source, classes=None, uncertain="ignore"):
 def list_class_folders(root, classes):
     """Kermany's set as Kaggle or Mendeley ship it, MURA v1.1, or any other folder of folders like them.
 
-    A class is a folder, and all films below it are its films: MURA keeps train/XR_ELBOW/patient00001/
-    study1_positive/image1.png. The test films lie in `test`, or else in `valid` (MURA's). Kaggle's `val`
-    holds 16 films, the last of each training class: too few to choose anything by, so they go back to
-    train. With classes=3 pneumonia is parted by the file names' _bacteria_ and _virus_.
+    A class is a folder, and all films below it are its films. The test films lie in `test`, or else in
+    `valid` (MURA's). Kaggle's `val` holds 16 films, the last of each training class: too few to choose
+    anything by, so they go back to train. With classes=3 pneumonia is parted by the names of its files.
     """
-    root = root.absolute()  # "." would begin no path
-    test = "test" if (root / "test").is_dir() else "valid"
-    folders = [d for part in ("train", "val", "valid", "test") for d in (root / part).glob("[!._]*/")]
-    names = sorted({d.name for d in folders}, key=lambda name: (name.upper() != "NORMAL", name))
+    test, parts = "test" if (root / "test").is_dir() else "valid", ("train", "val", "valid", "test")
+    names = sorted({folder.name for part in parts for folder in (root / part).glob("[!._]*/")},
+                   key=lambda name: (name.upper() != "NORMAL", name))
     split = classes == 3 and names == ["NORMAL", "PNEUMONIA"]
     films = []
-    for path in sorted(os.path.join(d, name) for folder in folders for d, _, found in os.walk(folder)
-                       for name in found if FILM.fullmatch(name)):
-        id = path[len(str(root)) + 1 :].replace(os.sep, "/")  # strings, for a Path costs 30 microseconds
+    # glob passes over .DS_Store and ._person1_virus_6.jpeg; its strings cost less than Paths.
+    for id in sorted(name for part in parts
+                     for name in glob.glob(f"{part}/[!_]*/**", root_dir=root, recursive=True)
+                     if name.lower().endswith((".jpeg", ".jpg", ".png"))):
         part, folder, rest = id.split("/", 2)
         label = names.index(folder)
         if split and label:
             kind = re.search("bacteria|virus", rest.lower())
             if not kind:
                 raise UserError(f"--classes 3 needs bacteria or virus in the names of pneumonia films, "
-                                f"found {path}: use --classes 2")
+                                f"found {id}: use --classes 2")
             label = 1 + (kind[0] == "virus")
         patient = PATIENT.search(rest)
         part = "test" if part == test else "train"
-        films.append(film(id, label, part, path, patient and patient[0]))
+        films.append(film(id, label, part, os.path.join(root, id), patient and patient[0]))
     if films and all(f.group == f.id for f in films):
         print("the films' names tell no patients: each film is taken for one, see PATIENT in data.py")
     return films, ["NORMAL", "BACTERIAL", "VIRAL"] if split else [n.removeprefix("XR_") for n in names]
@@ -209,7 +209,7 @@ LAYOUTS = [
     ),
     dict(  # CheXpert: a column a finding, 1.0, 0.0, -1.0 (uncertain) or empty (not mentioned: taken as 0)
         csv=["train.csv", "valid.csv"], image="Path", patient="Path", test="valid.csv",
-        only=("Frontal/Lateral", ["Frontal"]),
+        keep=lambda row: row["Frontal/Lateral"] == "Frontal",  # side views are left out
         classes=["Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
                  "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
                  "Pleural Other", "Fracture", "Support Devices"],
@@ -218,7 +218,7 @@ LAYOUTS = [
         csv=["PADCHEST*.csv"], image="ImageID", patient="PatientID", test=0.1,
         found=lambda row: [word.strip() for word in ast.literal_eval(row["Labels"] or "[]")],
         negative=lambda row: row["PhotometricInterpretation_DICOM"] == "MONOCHROME1",
-        only=("Projection", ["PA", "AP", "AP_horizontal"]),
+        keep=lambda row: row["Projection"] in ("PA", "AP", "AP_horizontal"),
         classes=["atelectasis", "cardiomegaly", "pleural effusion", "infiltrates", "mass", "nodule",
                  "pneumonia", "pneumothorax", "consolidation", "interstitial pattern", "emphysema",
                  "pulmonary fibrosis", "pleural thickening", "hiatal hernia"],
@@ -232,7 +232,7 @@ def list_csv(root, layout, uncertain):
     uncertain: a label of -1 is unknown and masked (ignore), or taken for 0 (zero) or 1 (one).
     """
     unsure = {"ignore": math.nan, "zero": 0.0, "one": 1.0}[uncertain]
-    column, wanted = layout.get("only", (layout["image"], None))  # side views are left out
+    values = {"": 0.0, "0.0": 0.0, "1.0": 1.0, "-1.0": unsure}
     where = {name: d for d, _, names in os.walk(root) for name in names}
     test = layout["test"]
     listed = ()
@@ -252,8 +252,7 @@ def list_csv(root, layout, uncertain):
             found = layout["found"](row)
             label = [float(finding in found) for finding in layout["classes"]]
         else:
-            values = [float(row[finding] or 0) for finding in layout["classes"]]
-            label = [unsure if value == -1 else value for value in values]
+            label = [values[row[finding]] for finding in layout["classes"]]
         held_back = id in listed or csv_name == test
         if isinstance(test, float):
             held_back = int.from_bytes(by_hash(f"test {patient}")[:4]) < test * 2**32
@@ -265,7 +264,7 @@ def list_csv(root, layout, uncertain):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             try:
-                films += [read(row, path.name) for row in rows if not wanted or row[column] in wanted]
+                films += [read(row, path.name) for row in filter(layout.get("keep"), rows)]
             except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, csv.Error) as error:
                 raise UserError(f"{path} as it was published needed, found something else in line "
                                 f"{rows.line_num} ({repr(error).splitlines()[0]}): fetch it anew") from None
@@ -280,22 +279,21 @@ def by_hash(name):
     return hashlib.sha256(name.encode()).digest()
 
 
-def take_per_class(films, per_class, names, shares):
-    """At most `per_class` films of each class, shared out over train and val; the shortfall is printed.
+def take_per_class(films, room, names):
+    """Put aside what is more than room[part] films of a class; the shortfall is printed.
 
     It comes after validation was carved out: a small subset never trains on what a large one holds back.
     """
-    chosen = {f.id for f in films if f.part not in shares}
+    taken = Counter()
+    for f in sorted(films, key=lambda f: by_hash(f.id)):
+        if f.part in room:
+            taken[f.part, f.label] += 1
+            if taken[f.part, f.label] > room[f.part]:
+                f.part = "aside"
     for label, name in enumerate(names):
-        found = 0
-        for part, share in shares.items():
-            of_class = [f for f in films if f.part == part and f.label == label]
-            taken = sorted(of_class, key=lambda f: by_hash(f.id))[: max(1, round(share * per_class))]
-            chosen |= {f.id for f in taken}
-            found += len(taken)
-        if found < per_class:
-            print(f"--per-class {per_class}: only {found} films of {name}")
-    return [f for f in films if f.id in chosen]
+        found = sum(min(taken[part, label], n) for part, n in room.items())
+        if found < sum(room.values()):
+            print(f"--per-class {sum(room.values())}: only {found} films of {name}")
 
 
 def carve_validation(films, fraction):
@@ -332,9 +330,7 @@ def decode(path, size, negative=False):
     image = opened(path)
     if image.dtype == torch.uint16:  # 16-bit PNG: 65535 becomes 255
         image = (image.int() // 257).to(torch.uint8)
-    if image.shape[-2:] != (size, size):
-        image = F.interpolate(image[None].float(), size=(size, size), mode="bilinear", antialias=True)[0]
-        image = image.round().clamp(0, 255).to(torch.uint8)
+    image = resize(image, [size, size], antialias=True)
     return 255 - image if negative else image
 
 
@@ -348,14 +344,14 @@ def claimed(content):
             if not kind or zlib.crc32(content[place + 4 : end]) != int.from_bytes(content[end : end + 4]):
                 raise RuntimeError("a damaged PNG")
             place = end + 4
-        return struct.unpack(">II", content[16:24].ljust(8, b"\0"))
+        return int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
     place = 2
     while content[:2] == b"\xff\xd8" and place + 9 <= len(content):  # JPEG: segments of a known length
-        marker, length = content[place + 1], int.from_bytes(content[place + 2 : place + 4])
+        marker, segment = content[place + 1], content[place + 2 : place + 9]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack(">HH", content[place + 5 : place + 9])
-            return width, height
-        place += 2 + length
+            return int.from_bytes(segment[5:7]), int.from_bytes(segment[3:5])
+        # Any number of FF may stand before a marker.
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(segment[:2])
     raise RuntimeError("neither a JPEG nor a PNG, or cut off")
 
 
@@ -405,12 +401,13 @@ def load(source, size, splits=("train", "val"), per_class=None, classes=None, va
         raise UserError(f"--per-class needs films of one class each, those of {source} may have several")
     if len(names) < 2 or classes not in (None, len(names)):
         raise UserError(f"{classes or 'at least 2'} classes needed in {source}, found {len(names)}: {names}")
-    shares = {"train": 1}  # the phantoms have validation films of their own
+    held_back = 0  # the phantoms have validation films of their own
     if all(f.part != "val" for f in films):
         carve_validation(films, val_fraction)
-        shares = {"train": 1 - val_fraction, "val": val_fraction}
+        held_back = max(1, round(val_fraction * (per_class or 0)))
     if per_class:
-        films = take_per_class(films, per_class, names, shares)
+        room = {"train": per_class - held_back, "val": held_back}
+        take_per_class(films, room if held_back else {"train": per_class}, names)
     data = SimpleNamespace(classes=names, multilabel=multilabel, source=str(source))
     for part in splits:
         chosen = [f for f in films if f.part == part]
@@ -422,17 +419,12 @@ def load(source, size, splits=("train", "val"), per_class=None, classes=None, va
             raise UserError(f"films of every class needed for {part}, found none of "
                             f"{names[min(missing)]} in {source}: add films of more patients")
         setattr(data, part, load_split(chosen, part, str(source), size, cache))
-    warn_of_copies({part: getattr(data, part) for part in splits})
-    return data
-
-
-def warn_of_copies(splits):
-    """A film that lies in two splits makes the second one look better than it is."""
-    sums = {part: {zlib.crc32(image.numpy()) for image in split.images} for part, split in splits.items()}
-    for one, other in itertools.combinations(sums, 2):
-        if same := len(sums[one] & sums[other]):
+    sums = {part: {hash(image.numpy().tobytes()) for image in getattr(data, part).images} for part in splits}
+    for one, other in itertools.combinations(splits, 2):
+        if same := len(sums[one] & sums[other]):  # which would make `other` look better than it is
             print(f"{same} films of {other} are exact copies of films in {one}: remove them from one of the "
                   f"two;  python data.py DIR  counts them", file=sys.stderr)
+    return data
 
 
 def load_as(args, size, splits, source=None):
@@ -462,13 +454,6 @@ def load_split(films, part, source, size, cache):
     return split
 
 
-@functools.cache
-def normalisation(device):
-    """shift and scale that turn bytes into ImageNet-normalised floats; put on the device once."""
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
-    return (-mean / std).to(device), (1 / (255 * std)).to(device)
-
-
 def prepare(images, device, theta=None):
     """uint8 films (B, 1, H, W) -> what networks read, (B, 3, H, W) floats, normalised, on the device.
 
@@ -478,8 +463,8 @@ def prepare(images, device, theta=None):
     if theta is not None:
         grid = F.affine_grid(theta.to(device).double(), x.shape, align_corners=False)
         x = F.grid_sample(x, grid.float(), align_corners=False)  # double: autocast would take 8 bits
-    shift, scale = normalisation(device)
     # Channels last from the start, in one pass: convolutions run up to twice as fast on such tensors.
+    shift, scale = (t.to(device, non_blocking=True) for t in (SHIFT, SCALE))
     return torch.addcmul(shift, x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
 
 
@@ -531,10 +516,19 @@ def atomic(path, sync=True):
         part.unlink(missing_ok=True)
 
 
+def write(path, content):
+    with atomic(path) as part:
+        part.write_bytes(content)
+
+
 def write_picture(path, image):
     """A PNG; by Python's own writing, for torchvision's does not notice a full disk."""
-    with atomic(path) as part:
-        part.write_bytes(encode_png(image).numpy().tobytes())
+    write(path, encode_png(image).numpy().tobytes())
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(*facts):
@@ -547,27 +541,18 @@ def table(folder, name, facts, shape, dtype, fill):
     from `start` on into a block, so that a table may be larger than the memory.
 
     Its file is named after the facts that it was made from, so one made from others is never read, and
-    ends in the array's CRC-32, so one that a crash or a bad disk spoiled is made again. That costs a
-    start .25 s a GB, and saves the wait until a new table is on the disk.
+    ends in the array's CRC-32, so one that a crash or a bad disk spoiled is made again.
     """
+    path = Path(folder) / f"{name}-{fingerprint(VERSION, facts, shape, dtype)}.table"
     dtype = np.dtype(dtype)
-    path = Path(folder) / f"{name}-{fingerprint(VERSION, facts, shape, dtype)}.npy"
-    if path.exists():
-        try:
-            array = np.load(path, mmap_mode="c")  # pages are read when they are indexed
-            with open(path, "rb") as file:
-                file.seek(-8, os.SEEK_END)
-                if file.read() == b"%08x" % zlib.crc32(array):
-                    return torch.from_numpy(array)
-            error = "not the bytes that were written"
-        except (ValueError, EOFError) as e:
-            error = e
-        print(f"{path} is damaged ({error}): made again", file=sys.stderr)
-    elif any(path.parent.glob(f"{name}-*.npy")):
+    if path.exists():  # mapped: pages are read when they are indexed
+        content = np.memmap(path, np.uint8, "c") if path.stat().st_size else np.empty(0, np.uint8)
+        if content[-8:].tobytes() == b"%08x" % zlib.crc32(content[:-8]):
+            return torch.from_numpy(content[:-8].view(dtype).reshape(shape))
+        print(f"{path} is damaged, not the bytes that were written: made again", file=sys.stderr)
+    elif any(path.parent.glob(f"{name}-*.table")):
         print(f"{folder} holds {name} of other films or settings: made anew for these", file=sys.stderr)
     with atomic(path, sync=False) as part, open(part, "wb") as file:
-        header = {"descr": dtype.str, "fortran_order": False, "shape": tuple(shape)}
-        np.lib.format.write_array_header_1_0(file, header)
         buffer, crc = np.empty((min(shape[0], 512), *shape[1:]), dtype), 0
         for start in progress(range(0, shape[0], 512), f"making {path.name}"):
             block = buffer[: shape[0] - start]
@@ -575,7 +560,7 @@ def table(folder, name, facts, shape, dtype, fill):
             file.write(block)
             crc = zlib.crc32(block, crc)
         file.write(b"%08x" % crc)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    return torch.from_numpy(np.memmap(path, dtype, "c", shape=tuple(shape)))
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -616,15 +601,14 @@ def origin():
             "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads"}
 
 
-def progress(items, text, total=None):
+def progress(items, text):
     """Pass `items` on; on a terminal, a bar within the line while they go by. A log file gets nothing."""
     if not sys.stdout.isatty():
         yield from items
         return
-    total = total or len(items)
     for done, item in enumerate(items):
-        filled = 24 * done // total
-        print(f"\r{text}  [{'=' * filled}{' ' * (24 - filled)}] {done}/{total}", end="", flush=True)
+        filled = 24 * done // len(items)
+        print(f"\r{text}  [{'=' * filled}{' ' * (24 - filled)}] {done}/{len(items)}", end="", flush=True)
         yield item
     print("\r\033[K", end="", flush=True)
 
@@ -653,18 +637,16 @@ def audit(source, classes=None):
         return print(f"training labels that are wrong on purpose: {WRONG * (source == 'phantoms'):.0%}")
     print(f"films whose name tells no patient, each taken for one: {sum(f.group == f.id for f in films)}")
 
-    copies = {}
+    found = {}  # the parts in which a content occurs
 
     def look(i, f):
         opened(f.path)
-        copies.setdefault(hashlib.sha256(Path(f.path).read_bytes()).digest(), []).append(f)
+        found.setdefault(file_hash(f.path), []).append(f.part)
 
     bad = on_all_cores(look, films)
     print(f"unreadable files: {len(bad)}" + "".join(f"\n  {line}" for line in bad))
-    copies = [same for same in copies.values() if len(same) > 1]
-    across = sum(len({f.part for f in same}) > 1 for same in copies)
-    print(f"exact copies of another film: {sum(len(same) - 1 for same in copies)}, "
-          f"of them across train and test: {across}")
+    print(f"exact copies of another film: {sum(map(len, found.values())) - len(found)}, "
+          f"of them across train and test: {sum(len(set(parts)) > 1 for parts in found.values())}")
 
 
 def show_phantoms(path, n=6, size=224):
@@ -680,7 +662,7 @@ def show_phantoms(path, n=6, size=224):
 
 def download(folder, url, sha256):
     """Fetch, check, unpack. A broken download goes on where it stopped; a wrong file is never unpacked."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"a new or empty folder needed to unpack into, {folder} has files: choose another")
     part = folder.with_name(folder.name + ".zip.part")
@@ -689,8 +671,7 @@ def download(folder, url, sha256):
         fetch(url, part)
     except OSError as error:  # URLError and a broken connection are OSErrors too
         raise UserError(f"{url} broke off ({error}): the same command goes on from there") from None
-    with open(part, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_hash(part)
     if found != sha256:
         part.unlink()
         raise UserError(f"{url} should have SHA-256 {sha256}, found {found}: deleted; run the command again")
@@ -713,11 +694,12 @@ def fetch(url, part):
             return
         raise
     with answer, open(part, "ab" if answer.status == 206 else "wb") as file:
+        if not answer.headers["Content-Length"]:
+            raise OSError("the server does not say how many bytes there are")
         total = file.tell() + int(answer.headers["Content-Length"])
         print(f"{url}: {file.tell() / 1e6:.1f} of {total / 1e6:.1f} MB are here")
-        blocks = iter(lambda: answer.read(1 << 20), b"")
-        for block in progress(blocks, "downloading, MB", (total - file.tell() >> 20) + 1):
-            file.write(block)
+        for _ in progress(range((total - file.tell() >> 20) + 1), "downloading, MB"):
+            file.write(answer.read(1 << 20))
         if file.tell() < total:
             raise OSError(f"{file.tell()} of {total} bytes")
 

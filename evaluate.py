@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import torchvision
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from data import UserError, atomic, decode, device_flag, load_as, origin, parser, prepare, run, write_picture
+from data import UserError, decode, device_flag, load_as, origin, parser, prepare, run, write, write_picture
 from kd import mean_teacher
 from models import checkpoint_file, cost, exported, forward, load_checkpoint
 
@@ -462,14 +462,12 @@ def export(path, record):
     program = exported(record["model"].cpu(), side)
     file = io.BytesIO()  # in memory first: on a full disk torch would end the process, without a word
     torch.export.save(program, file, extra_files={"about.json": json.dumps(about, indent=1)})
-    with atomic(path) as part:
-        part.write_bytes(file.getbuffer())
+    write(path, file.getbuffer())
     print(f"exported {record['folder']} to {path}, with {', '.join(about)} in its about.json")
 
 
 def write_json(path, content):
-    with atomic(path) as part:
-        part.write_text(json.dumps(content, indent=1))
+    write(path, json.dumps(content, indent=1).encode())
 
 
 def figures(record):

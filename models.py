@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import SqueezeExcitation
 
-from data import MEAN, STD, UserError, atomic, prepare
+from data import MEAN, STD, UserError, atomic, file_hash, prepare
 
 FORMAT = 2  # of a checkpoint: raise it when its facts change; a reader of another says so and does not guess
 
@@ -216,11 +216,6 @@ def imagenet_file(arch):
     return path
 
 
-def file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def forward(model, images):
     """logits (B, C) and a list of the auxiliary heads' logits (empty in eval mode, and mostly)."""
     out = model(seen(model, images))
@@ -333,7 +328,6 @@ def exported(model, size):
     """The network and its normalisation as a program of torch.export, for any number of films."""
     reader = Reader(model).eval()
     films = torch.zeros(2, 1, size, size, dtype=torch.uint8, device=next(model.parameters()).device)
-    reader(films)  # so that the constants of the normalisation exist, and are not made while it is traced
     try:
         return torch.export.export(reader, (films,), dynamic_shapes=({0: torch.export.Dim("films")},))
     except Exception as error:  # whatever torch.export cannot follow; its first line is enough

@@ -441,7 +441,7 @@ def describe(args, row):
 # ---- the command line -------------------------------------------------------------------------------
 
 UNNAMED = ("role", "recipe", "data", "out", "T", "device", "cache", "no_amp", "tensorboard")  # not in names
-FLOORS = {"T": 0, "lr": 0, "epochs": 0, "size": 0, "lr_step": 0, "lr_gamma": 0, "per_class": 0, "seed": -1,
+FLOORS = {"T": 0, "lr": 0, "epochs": 0, "size": 0, "lr_step": 0, "lr_gamma": 0, "per_class": 1, "seed": -1,
           "batch_size": 1}
 
 

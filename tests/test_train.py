@@ -475,7 +475,7 @@ def say(*argv):
     (["--role", "teacher", "--no-such-flag"], "unrecognized"),
     (["--role", "teacher", "--arch", "alexnett"], "alexnet"),
     (["--role", "teacher", "--device", "cuda"], "cuda cannot be used here"),
-    (["--role", "teacher", "--per-class", "0"], "--per-class must be a number above 0"),
+    (["--role", "teacher", "--per-class", "1"], "--per-class must be a number above 1"),
     (["--role", "teacher", "--clip", "-1"], "--clip must be"),
     (["--role", "student", "--T", "inf"], "--T must be"),
 ])  # fmt: skip

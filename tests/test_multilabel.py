@@ -87,11 +87,12 @@ def test_a_csv_without_a_needed_column_is_refused_and_absent_films_are_counted(n
         data.list_films(str(nih))
 
 
-def test_a_spoiled_line_matters_only_if_its_film_is_there(chexpert):
+@pytest.mark.parametrize("spoiled", ["one", "7.0", "nan"])
+def test_a_spoiled_line_matters_only_if_its_film_is_there(chexpert, spoiled):
     lines = (chexpert / "train.csv").read_text().splitlines()
-    lines[1] = lines[1].replace(",1.0,", ",one,")
+    lines[1] = lines[1].replace(",1.0,", f",{spoiled},")
     (chexpert / "train.csv").write_text("\n".join(lines))
-    with pytest.raises(data.UserError, match="line 2 .*one"):
+    with pytest.raises(data.UserError, match=f"line 2 .*{spoiled}"):
         data.list_films(str(chexpert))
     (chexpert / "train/patient00001/study1/view1_frontal.jpg").unlink()
     assert len(data.list_films(str(chexpert))[0]) == 7

@@ -123,13 +123,16 @@ def test_what_is_no_film_is_named_in_one_line_and_never_decoded(kermany, name, s
     assert says == "unreadable" or says in str(error.value)
 
 
-def test_a_cmyk_jpeg_and_one_with_a_wrong_suffix_are_films_like_others(kermany):
+def test_a_cmyk_jpeg_one_with_a_wrong_suffix_and_one_with_padding_are_films_like_others(kermany):
     image = pytest.importorskip("PIL.Image")
     image.new("CMYK", (30, 20), (0, 0, 0, 0)).save(kermany / "test/NORMAL/cmyk.jpeg")
     film(kermany / "test/NORMAL/IM-0900-0001.png", shade=99).rename(kermany / "test/NORMAL/IM-0900-0001.jpeg")
+    padded = film(kermany / "test/NORMAL/padded.jpeg", shade=120)
+    padded.write_bytes(padded.read_bytes().replace(b"\xff\xc0", b"\xff\xff\xff\xc0"))  # as the format allows
     test = data.load(kermany, 16, ("test",)).test
     shades = dict(zip((Path(id).name for id in test.ids), test.images.float().mean((1, 2, 3)), strict=True))
     assert shades["IM-0900-0001.jpeg"] == 99 and shades["cmyk.jpeg"] > 200  # no ink is white
+    assert shades["padded.jpeg"] == 120
 
 
 def test_a_film_that_lies_in_two_splits_is_told(kermany, capsys):

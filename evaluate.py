@@ -23,14 +23,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.nn.modules.module import register_module_forward_hook
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from data import UserError, decode, device_flag, load_as, origin, parser, prepare, run, write, write_picture
 from kd import mean_teacher
-from models import checkpoint_file, cost, exported, forward, load_checkpoint
+from models import checkpoint_file, cost, exported, file_hash, forward, load_checkpoint
 
 NAMES = ["accuracy", "specificity", "sensitivity", "precision", "f1", "auc", "ece", "loss"]  # columns
 SEVERAL = ["auc", "ap", "specificity", "sensitivity", "f1", "ece", "loss"]  # with several findings a film
+DIFFERENCES = ["accuracy", "specificity", "sensitivity", "auc", "ece"]  # student minus baseline
 BINS = 15  # of the calibration error
 REPEATS = 1000  # of the bootstrap
 
@@ -77,67 +79,54 @@ def calibration_error(confidence, correct, weights):
 
 
 def against_rest(logits, labels, threshold=0.5):
-    """scores (N, K), truth (N, K) and calls (N, K): K = 1 for two classes, else one column a class."""
-    logits = logits.double()
-    if labels.dim() == 2:  # several findings a film; NaN where a label is unknown
-        scores = logits.sigmoid()
-        return scores, labels.double(), scores > threshold
-    scores = logits.softmax(1)
-    if logits.shape[1] == 2:
-        return scores[:, 1:], labels[:, None].double(), scores[:, 1:] > threshold
-    classes = torch.arange(logits.shape[1])
-    calls = scores.argmax(1, keepdim=True) == classes
-    return scores, (labels[:, None] == classes).double(), calls
+    """scores, truth and calls, (N, K): K = 1 for two classes, else a column a class."""
+    scores, n = logits.double().softmax(1), logits.shape[1]
+    truth = F.one_hot(labels, n)
+    if n == 2:
+        return scores[:, 1:], truth[:, 1:], scores[:, 1:] > threshold
+    return scores, truth, F.one_hot(scores.argmax(1), n)
+
+
+def each_finding(logits, labels):
+    """Every finding by itself, over the films where it is known: sigmoid(z) is the softmax of (0, z)."""
+    for z, truth in zip(logits.T, labels.T, strict=True):
+        known = ~truth.isnan()
+        yield F.pad(z[known, None], (1, 0)), truth[known].long(), known
 
 
 def measure(logits, labels, weights, threshold=0.5):
-    """The metrics for R weightings of the films, weights (R, N): a dict of tensors (R,),
-    or (R, K) where a film may have several findings.
+    """The metrics for R weightings of the films, weights (R, N): a dict of tensors (R,), or (R, K) where a
+    film may have several findings, labels (N, K).
 
     All ones gives the point estimates, bootstrap multiplicities their spread: one code for both.
     """
+    if labels.dim() == 2:
+        each = [measure(z, truth, weights[:, known], threshold)
+                for z, truth, known in each_finding(logits, labels)]
+        return {name: torch.stack([one[name] for one in each], 1) for name in each[0]}
     logits, weights = logits.double(), weights.double()
     scores, truth, calls = against_rest(logits, labels, threshold)
     tp, fp, fn, tn = (
-        weights @ ((calls == called) & (truth == is_true)).double()  # (R, K); NaN equals neither
-        for called, is_true in ((True, 1), (True, 0), (False, 1), (False, 0))
+        weights @ ((calls == called) & (truth == is_true)).double()  # (R, K)
+        for called, is_true in ((1, 1), (1, 0), (0, 1), (0, 0))
     )
     out = {
-        "accuracy": (tp + tn) / (tp + fp + fn + tn),
         "specificity": tn / (tn + fp),
         "sensitivity": tp / (tp + fn),
         "precision": tp / (tp + fp).clamp(min=1e-12),  # nothing called positive: 0, as is customary
         "f1": (2 * tp / (2 * tp + fp + fn)).where(tp + fn > 0, torch.nan),
+        "auc": torch.stack([auc(*column, weights) for column in zip(scores.T, truth.T, strict=True)], 1),
+        "ap": torch.stack([average_precision(*column, weights)
+                           for column in zip(scores.T, truth.T, strict=True)], 1),
     }
-    ranked = [(scores[m, k], truth[m, k], weights[:, m]) for k, m in enumerate(~truth.isnan().T)]
-    out["auc"] = torch.stack([auc(*column) for column in ranked], 1)
-    out["ap"] = torch.stack([average_precision(*column) for column in ranked], 1)
-    if labels.dim() == 1:  # one label a film: how sure of the class that was called, (N, 1)
-        sure, called = logits.softmax(1).max(1, keepdim=True)
-        right, losses = called == labels[:, None], F.cross_entropy(logits, labels, reduction="none")[:, None]
-        if logits.shape[1] > 2:
-            out["accuracy"] = weights @ right.double() / weights.sum(1, keepdim=True)
-    else:  # (N, K)
-        sure, right = torch.maximum(scores, 1 - scores), (scores > 0.5) == (truth == 1)
-        losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    known = ~losses.isnan()
-    told = [(sure[m, k], right[m, k], weights[:, m]) for k, m in enumerate(known.T)]
-    out["ece"] = torch.stack([calibration_error(*column) for column in told], 1)
-    out["loss"] = weights @ losses.nan_to_num() / (weights @ known.double())
-    return {name: values.mean(1) for name, values in out.items()} if labels.dim() == 1 else out
-
-
-def confusion(logits, labels, classes, threshold=0.5):
-    """Counts of films, rows the truth, columns the call; a 2 x 2 table per finding where multi-label."""
-    _, truth, calls = against_rest(logits, labels, threshold)
-    if labels.dim() == 2:
-        return [
-            [[int(((t == is_true) & (c == called)).sum()) for called in (False, True)] for is_true in (0, 1)]
-            for t, c in zip(truth.T, calls.T, strict=True)
-        ]
-    called = calls[:, 0].long() if len(classes) == 2 else calls.long().argmax(1)
-    pairs = labels * len(classes) + called
-    return pairs.bincount(minlength=len(classes) ** 2).view(len(classes), len(classes)).tolist()
+    confidence, called = logits.softmax(1).max(1)
+    losses, n = F.cross_entropy(logits, labels, reduction="none"), weights.sum(1)
+    return {
+        "accuracy": weights @ (calls == truth).all(1).double() / n,
+        **{name: value.mean(1) for name, value in out.items()},
+        "ece": calibration_error(confidence, called == labels, weights),
+        "loss": weights @ losses / n,
+    }
 
 
 def metrics(logits, labels, classes, threshold=0.5):
@@ -145,9 +134,14 @@ def metrics(logits, labels, classes, threshold=0.5):
     two classes, one value per finding where a film may have several."""
     if not logits.isfinite().all():
         raise UserError("finite logits needed to judge a network, found NaN or infinity: training diverged")
-    values = measure(logits, labels, torch.ones(1, len(labels)), threshold)
-    out = {name: value[0].tolist() for name, value in values.items()}
-    return {**out, "confusion": confusion(logits, labels, classes, threshold)}
+    if labels.dim() == 2:
+        each = [metrics(z, truth, ["no", "yes"], threshold) for z, truth, _ in each_finding(logits, labels)]
+        return {name: [one[name] for one in each] for name in each[0]}
+    values, n = measure(logits, labels, torch.ones(1, len(labels)), threshold), len(classes)
+    calls = against_rest(logits, labels, threshold)[2].long()
+    called = calls[:, 0] if n == 2 else calls.argmax(1)
+    table = (labels * n + called).bincount(minlength=n**2).view(n, n)  # rows the truth, columns the call
+    return {**{name: value.item() for name, value in values.items()}, "confusion": table.tolist()}
 
 
 def report(table, classes):
@@ -171,7 +165,8 @@ def report(table, classes):
 
 
 def bootstrap_weights(groups, repeats=REPEATS, seed=0):
-    """(repeats, N): how often each film is in each sample, when patients are drawn with replacement.
+    """(1 + repeats, N): first all films once, for the figure itself; then how often each film is in each
+    sample, when patients are drawn with replacement.
 
     Films of one child are no independent evidence, so children are drawn, with all their films.
     """
@@ -179,7 +174,8 @@ def bootstrap_weights(groups, repeats=REPEATS, seed=0):
     member = torch.tensor([place[group] for group in groups])
     draws = torch.randint(len(place), (repeats, len(place)), generator=torch.Generator().manual_seed(seed))
     drawn = torch.zeros(repeats, len(place), dtype=torch.float64)
-    return drawn.scatter_add_(1, draws, torch.ones_like(drawn))[:, member]
+    drawn.scatter_add_(1, draws, torch.ones_like(drawn))
+    return torch.cat([torch.ones_like(drawn[:1]), drawn])[:, member]
 
 
 def interval(samples):
@@ -195,8 +191,9 @@ def youden_threshold(logits, labels):
     scores = logits.double().softmax(1)[:, 1]
     values = scores.unique()
     cuts = torch.cat([(values[1:] + values[:-1]) / 2, torch.tensor([0.5], dtype=torch.float64)])
-    calls = scores > cuts[:, None]  # (cuts, N)
-    gain = calls[:, labels == 1].double().mean(1) - calls[:, labels == 0].double().mean(1)
+    classes = [scores[labels == k].sort().values for k in (0, 1)]
+    spared, missed = (torch.searchsorted(s, cuts, right=True).double() / len(s) for s in classes)
+    gain = spared - missed  # specificity - (1 - sensitivity)
     best = cuts[gain > gain.max() - 1e-9]
     return float(best[(best - 0.5).abs().argmin()])
 
@@ -219,14 +216,9 @@ def last_maps(model, images):
             order.append(layer)
 
     aside = re.compile("Pool|Drop|Identity|Sequential")  # a Sequential is as good as its last layer
-    hooks = [m.register_forward_hook(note) for m in model.modules()
-             if m is not model and not aside.search(type(m).__name__)]
-    try:
-        with torch.no_grad():
-            model(images[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), register_module_forward_hook(note):
+        model(images[:1])
+    order = [layer for layer in order if layer is not model and not aside.search(type(layer).__name__)]
     if not order:
         raise UserError("maps needed for Grad-CAM, found none in this network: name a layer")
     return order[-1]
@@ -242,18 +234,13 @@ def raw_cam(model, images, target, layer=None):
 
     was_training = model.training
     model.eval()
-    layer = layer or last_maps(model, images)
-    hook = layer.register_forward_hook(keep)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            # Frozen weights have no gradient: it starts at the film. Nothing is added to any .grad.
-            logits, _ = forward(model, images.detach().clone().requires_grad_(True))
-            target = torch.as_tensor(target, device=logits.device).expand(len(logits))
-            score = logits.gather(1, target[:, None]).sum()
-            maps, gradient = caught[0].detach(), torch.autograd.grad(score, caught[0])[0]
-    finally:
-        hook.remove()
-        model.train(was_training)
+    with torch.enable_grad(), (layer or last_maps(model, images)).register_forward_hook(keep):
+        # Frozen weights have no gradient: it starts at the film. Nothing is added to any .grad.
+        logits, _ = forward(model, images.detach().clone().requires_grad_(True))
+    model.train(was_training)
+    target = torch.as_tensor(target, device=logits.device).expand(len(logits))
+    score = logits.gather(1, target[:, None]).sum()
+    maps, gradient = caught[0].detach(), torch.autograd.grad(score, caught[0])[0]
     if maps.dim() == 3:  # a ViT's tokens: one for the class, then the patches row by row
         side = math.isqrt(maps.shape[1] - 1)
         maps, gradient = (t[:, 1:].mT.unflatten(2, (side, side)) for t in (maps, gradient))
@@ -289,10 +276,8 @@ def pointing(records, device):
         shape = raw_cam(same[0]["model"], prepare(same[0]["data"].test.images[:1], device), target).shape[1:]
         name = f"{row_name(same)}, maps of {shape[0]} x {shape[1]}"
         hits[name] = [hottest(record, chosen, target, device) for record in same]
-    rows = []
-    for name, same in hits.items():
-        samples = [weights @ hit.double() / weights.sum(1) for hit in same]
-        rows.append([name, cell([hit.double().mean() for hit in same], samples)])
+    rows = [[name, cell([weights @ hit.double() / weights.sum(1) for hit in same])]
+            for name, same in hits.items()]
     return markdown([f"hottest point on an opacity, {len(chosen)} films", "%"], rows)
 
 
@@ -305,20 +290,18 @@ def hottest(record, chosen, target, device):
     return torch.cat(hits)
 
 
-def draw_cams(path, runs, films, titles, targets, device, side=224):
+def draw_cams(path, runs, titles, targets, device, side=224):
     """A PNG with a row a film: the film, then for each run its heat, and how probable it finds the target.
 
-    runs: (name, model, multilabel); films: for every run the same ones, at its own size.
+    runs: name, network, the films at its size and the probabilities that it gives them.
     """
-    grey = resized(films[0].float(), (side, side)).expand(-1, 3, -1, -1)
+    grey = resized(runs[0][2].float(), (side, side)).expand(-1, 3, -1, -1)
     columns = [[caption(tile, title) for tile, title in zip(grey, titles, strict=True)]]
     red = torch.tensor([255.0, 60, 0]).view(1, 3, 1, 1)
-    for (name, model, multilabel), images in zip(runs, films, strict=True):
-        x = prepare(images, device)
-        heat = resized(grad_cam(model, x, targets.to(device))[:, None].cpu(), (side, side))
-        says = probabilities(predict(model, lambda index, x=x: x[index], len(x)), multilabel)
+    for name, model, films, says in runs:
+        heat = grad_cam(model, prepare(films, device), targets)[:, None].cpu()
+        warm = grey + 0.6 * resized(heat, (side, side)) * (red - grey)  # no heat leaves the film as it is
         texts = [f"{name} {100 * p:.0f} %" for p in says.gather(1, targets[:, None])[:, 0]]
-        warm = grey + 0.6 * heat * (red - grey)  # where there is no heat the film stays as it is
         columns.append([caption(tile, text) for tile, text in zip(warm, texts, strict=True)])
     tiles = [tile for row in zip(*columns, strict=True) for tile in row]
     write_picture(path, make_grid(tiles, nrow=len(columns), padding=3))
@@ -338,48 +321,62 @@ def show_cams(path, records, device, n=6):
     """Test films with a finding, the largest first where its extent is known and else the surest of the first
     run; the last two are films that some run calls wrongly."""
     data = records[0]["data"]
-    labels = data.test.labels if data.multilabel else F.one_hot(data.test.labels, len(data.classes))[:, 1:]
-    calls = [probabilities(record["test"], data.multilabel) for record in records]
+    labels, says = data.test.labels, [probabilities(r["test"], data.multilabel) for r in records]
     if data.multilabel:
-        wrong = [((p > 0.5) != (labels == 1)).any(1) for p in calls]
+        ill, targets = (labels == 1).any(1), (labels == 1).int().argmax(1)
+        wrong = [(((p > 0.5) != (labels == 1)) & ~labels.isnan()).any(1) for p in says]
     else:
-        wrong = [p.argmax(1) != data.test.labels for p in calls]
-    targets = (labels == 1).int().argmax(1) + (0 if data.multilabel else 1)
-    extent = calls[0].gather(1, targets[:, None])[:, 0]
+        ill, targets = labels >= int(data.classes[0] == "NORMAL"), labels
+        wrong = [p.argmax(1) != labels for p in says]
+    extent = says[0].gather(1, targets[:, None])[:, 0]
     if hasattr(data.test, "masks"):
         extent = data.test.masks.flatten(1).sum(1).float()
-    order = extent.masked_fill(~(labels == 1).any(1), -1).argsort(descending=True).tolist()
+    order = extent.masked_fill(~ill, -1).argsort(descending=True).tolist()
     missed = [i for i in order if torch.stack(wrong).any(0)[i]][:2]
     chosen = [i for i in order if i not in missed][: n - len(missed)] + missed
-    titles = [data.classes[targets[i]] if (labels[i] == 1).any() else "nothing found" for i in chosen]
+    titles = [data.classes[targets[i]] if ill[i] or not data.multilabel else "nothing found" for i in chosen]
     titles = [t + (", called wrongly" if i in missed else "") for t, i in zip(titles, chosen, strict=True)]
-    runs = [(record["name"], record["model"], data.multilabel) for record in records]
-    films = [record["data"].test.images[chosen] for record in records]
-    draw_cams(path, runs, films, titles, targets[chosen], device)
+    runs = [(r["name"], r["model"], r["data"].test.images[chosen], p[chosen])
+            for r, p in zip(records, says, strict=True)]
+    draw_cams(path, runs, titles, targets[chosen], device)
 
 
 def read_film(path, folders, cam, device):
     """What every run says of one film that no data set holds, and where it looked for its answer."""
-    runs, films = [], []
+    runs, answers = [], set()
     for folder in folders:
         model, facts = load_checkpoint(folder)
         model.to(device, memory_format=torch.channels_last)
         try:
-            films.append(decode(path, facts["size"])[None])
+            film = decode(path, facts["size"])[None]
         except RuntimeError as error:
             why = str(error).splitlines()[0]
             raise UserError(f"a JPEG or PNG needed in {path}, found none ({why}): give another") from None
-        runs.append((checkpoint_file(folder).parent.name, model, facts["multilabel"]))
-        logits = predict(model, lambda index, film=films[-1]: prepare(film, device), 1)
-        says = probabilities(logits, facts["multilabel"])[0].tolist()
-        text = ", ".join(f"{name} {100 * p:.1f} %" for name, p in zip(facts["classes"], says, strict=True))
-        print(f"{runs[-1][0]}: {text}")
+        logits = predict(model, lambda index, film=film: prepare(film, device), 1)
+        says, name = probabilities(logits, facts["multilabel"]), checkpoint_file(folder).parent.name
+        text = ", ".join(f"{k} {100 * p:.1f} %" for k, p in zip(facts["classes"], says[0], strict=True))
+        print(f"{name}: {text}")
+        runs.append((name, model, film, says))
+        answers.add(tuple(facts["classes"]))
+    if cam and len(answers) > 1:
+        raise UserError("one picture needs runs of the same classes, these have others: draw them one by one")
     if cam:
-        target = torch.tensor([says.index(max(says))])
-        draw_cams(cam, runs, films, [facts["classes"][target]], target, device)
+        target = says.argmax(1)
+        draw_cams(cam, runs, [facts["classes"][target]], target, device)
 
 
 # ---- runs -------------------------------------------------------------------------------------------
+
+
+def refuse_foreign(path, facts, data, *splits):
+    """A network judges, and is judged by, classes that it knows and patients that it has not learned from."""
+    if facts["classes"] != data.classes:
+        raise UserError(f"{path} was trained on classes {facts['classes']}, the same classes are needed in "
+                        f"{data.source}, found {data.classes}: give the films it was trained for with --data")
+    if seen := set(facts["train_groups"]).intersection(*[[g for s in splits for g in s.groups]]):
+        raise UserError(f"{path} was trained on {len(seen)} of the patients that it or its student is to be "
+                        f"judged by in {data.source} ({min(seen)} for one): give other films, or the --data "
+                        f"and --val-fraction that it was trained with")
 
 
 def read(folder, device, source, known, keep=False):
@@ -390,60 +387,60 @@ def read(folder, device, source, known, keep=False):
         return known[key]
     model, facts = load_checkpoint(folder)
     args = facts["args"]
-    same = ("data", "per_class", "classes", "val_fraction", "uncertain")
-    films = (facts["size"], *(args[flag] for flag in same))
+    source, same = source or args["data"], ("per_class", "classes", "val_fraction", "uncertain")
+    films = (facts["size"], source, *(args[flag] for flag in same))
     if films not in known:
         known[films] = load_as(args, facts["size"], ("val", "test"), source)
     data = known[films]
-    if data.classes != facts["classes"]:
-        raise UserError(f"{folder} was trained on classes {facts['classes']}, {data.source} has "
-                        f"{data.classes}: give the films it was trained for with --data")
-    seen = set(facts["train_groups"]) & {*data.val.groups, *data.test.groups}
-    if seen:
-        raise UserError(f"{folder} was trained on {len(seen)} of the patients that it is to be judged by in "
-                        f"{data.source} ({min(seen)} for one): judge it on other films")
     model.to(device, memory_format=torch.channels_last)
+
+    def ask(split):
+        return predict(model, lambda index: prepare(split.images[index], device), len(split.labels))
+
     folder = checkpoint_file(folder).parent
-    record = {"name": folder.name, "folder": folder, "facts": facts, "args": args, "data": data}
-    for part in ("val", "test"):
-        split = getattr(data, part)
-        view = lambda index, images=split.images: prepare(images[index], device)  # noqa: E731
-        record[part] = predict(model, view, len(split.labels))
-    record |= {"cost": cost(model, facts["size"]), "model": model if keep else None}
-    known[key] = record
-    return record
+    known[key] = {"name": folder.name, "folder": folder, "facts": facts, "args": args, "data": data,
+                  "val": ask(data.val), "test": ask(data.test), "cost": cost(model, facts["size"]),
+                  "model": model if keep else None}
+    return known[key]
 
 
 def judge(record):
-    """All figures at 0.5 and at validation's threshold, with intervals and bootstrap samples."""
+    """All figures at 0.5 and at validation's threshold, with intervals and the bootstrap samples behind."""
     data, logits = record["data"], record["test"]
     thresholds = {"0.5": 0.5}
     if len(data.classes) == 2 and not data.multilabel:
         thresholds["validation"] = youden_threshold(record["val"], data.val.labels)
     weights = bootstrap_weights(data.test.groups)  # the same samples for every run: differences are paired
-    record["validation"] = metrics(record["val"], data.val.labels, data.classes)
-    record["at"] = {}
+    record |= {"validation": metrics(record["val"], data.val.labels, data.classes), "at": {}, "samples": {}}
     for name, threshold in thresholds.items():
-        samples = measure(logits, data.test.labels, weights, threshold)
+        record["samples"][name] = samples = measure(logits, data.test.labels, weights, threshold)
         record["at"][name] = {
             "threshold": threshold,
             **metrics(logits, data.test.labels, data.classes, threshold),
-            "interval": {k: interval(sample).tolist() for k, sample in samples.items()},
-            "samples": samples,
+            "interval": {k: interval(sample[1:]).tolist() for k, sample in samples.items()},
         }
 
 
 def kept(path):
     """The tables in a file that --json wrote."""
     try:
-        return json.loads(Path(path).read_text())["tables"]
+        return "\n".join(json.loads(Path(path).read_text())["tables"])
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"tables needed in {path}, found none: give a file that --json wrote") from None
 
 
-def agreement(a, b, multilabel):
-    """The share of films (or of findings) on which two networks make the same call."""
-    calls = [logits > 0 if multilabel else logits.argmax(1) for logits in (a, b)]
+def agreement(record, device, known):
+    """The share of films (or findings) on which a student makes its teachers' call; None without teachers,
+    or where others lie in their place by now."""
+    paths, several = record["args"]["teacher"] or [], record["data"].multilabel
+    there = [file_hash(checkpoint_file(path)) for path in paths if checkpoint_file(path).exists()]
+    if not paths or there != record["facts"]["teachers"]:
+        return None
+    theirs = [read(path, device, record["data"].source, known) for path in paths]
+    if any(teacher["data"].test.ids != record["data"].test.ids for teacher in theirs):
+        return None
+    taught = mean_teacher([teacher["test"] for teacher in theirs], record["args"]["T"], several)
+    calls = [logits > 0 if several else logits.argmax(1) for logits in (record["test"], taught)]
     return (calls[0] == calls[1]).double().mean().item()
 
 
@@ -467,26 +464,17 @@ def export(path, record):
 
 
 def write_json(path, content):
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # NaN is Python's alone
     write(path, json.dumps(content, indent=1).encode())
 
 
 def figures(record):
     """What goes into metrics.json: every figure of a run, and where it came from."""
-    at = {name: {k: v for k, v in a.items() if k != "samples"} for name, a in record["at"].items()}
-    data = record["data"]
-    return {
-        "test": at,
-        "validation": record["validation"],
-        "agreement_with_teacher": record.get("agreement"),
-        "classes": data.classes,
-        "films": len(data.test.labels),
-        "patients": len(set(data.test.groups)),
-        "trained_by": record["facts"]["provenance"],
-        "args": record["args"],
-        "epoch": record["facts"]["epoch"],
-        "cost": record["cost"],
-        "judged_by": origin(),
-    }
+    data, facts = record["data"], record["facts"]
+    return {"test": record["at"], "validation": record["validation"], "classes": data.classes,
+            "agreement_with_teacher": record["agreement"], "films": len(data.test.labels),
+            "patients": len(set(data.test.groups)), "trained_by": facts["provenance"], "args": record["args"],
+            "epoch": facts["epoch"], "cost": record["cost"], "judged_by": origin()}
 
 
 # ---- tables -----------------------------------------------------------------------------------------
@@ -494,12 +482,11 @@ def figures(record):
 
 def variants(records):
     """The runs, those together that differ in their seed and their teacher's alone: they share a row."""
-    groups = {}
+    groups, aside = {}, ("seed", "out", "device", "cache", "tensorboard")
     for record in records:
-        aside = ("seed", "out", "device", "cache", "teacher", "tensorboard")
         plain = {k: v for k, v in record["args"].items() if k not in aside}
-        teachers = [re.sub(r"-seed\d+", "", path) for path in record["args"]["teacher"] or []]
-        groups.setdefault(json.dumps([plain, teachers], sort_keys=True), []).append(record)
+        key = re.sub(r"-seed\d+", "", json.dumps(plain, sort_keys=True))
+        groups.setdefault(key, []).append(record)
     return list(groups.values())
 
 
@@ -509,24 +496,23 @@ def row_name(records):
     return f"{name} ({records[0]['args']['arch']}{seeds})"
 
 
-def cell(values, samples=None, unit=100, digits=1):
-    """The mean over the runs, their standard deviation, and the mean's interval over patients; in percent."""
-    values = unit * torch.tensor(values, dtype=torch.float64)
-    if values.dim() == 2:  # several findings: their mean, those aside that could not be judged
-        values = values.nanmean(1)
-    text = f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
-    if samples is None:
+def cell(figures, unit=100, digits=1):
+    """The mean over the runs, their standard deviation, and the mean's interval over patients; in percent.
+
+    figures: of each run (1 + R,), the figure itself and its bootstrap samples, if there are any; (1 + R, K)
+    of several findings, whose mean is shown, those aside that could not be judged.
+    """
+    runs = unit * torch.stack([f.double().view(len(f), -1).nanmean(1) for f in figures])  # (runs, 1 + R)
+    text = f"{runs[:, 0].mean():.{digits}f}" + (f" ± {runs[:, 0].std():.{digits}f}" if len(runs) > 1 else "")
+    if runs.shape[1] == 1:
         return text
-    samples = torch.stack(samples).mean(0)
-    low, high = (unit * interval(samples if samples.dim() == 1 else samples.nanmean(1))).tolist()
+    low, high = interval(runs[:, 1:].mean(0)).tolist()
     return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def pooled(same, threshold, name):
     """The cell of runs that share a row."""
-    at = [record["at"][threshold] for record in same]
-    unit = (1, 3) if name == "loss" else (100, 1)
-    return cell([a[name] for a in at], [a["samples"][name] for a in at], *unit)
+    return cell([record["samples"][threshold][name] for record in same], *((1, 3) if name == "loss" else ()))
 
 
 def mean(value):
@@ -559,7 +545,7 @@ def tables(records, with_grid=False):
     names, score = (SEVERAL, "auc") if data.multilabel else (NAMES, "accuracy")
     text, rows = grid(groups) if with_grid else [], [floor_row(data, names)]
     for same in groups:
-        validated = cell([record["validation"][score] for record in same])
+        validated = cell([torch.tensor([record["validation"][score]]) for record in same])
         rows.append([row_name(same), validated, *(pooled(same, "0.5", k) for k in names)])
     text += markdown([f"{len(data.test.labels)} test films, %", f"validation {score}", *names], rows)
     if "validation" in records[0]["at"]:  # AUC, calibration and loss know no threshold
@@ -569,13 +555,16 @@ def tables(records, with_grid=False):
         text += findings(groups, data)
     text.append("")
     for students in groups:
-        if "agreement" in students[0]:
-            share = sum(s["agreement"] for s in students) / len(students)
-            text.append(f"{row_name(students)} makes its teacher's call on {100 * share:.1f} % of the films")
+        if shares := [s["agreement"] for s in students if s["agreement"] is not None]:
+            share = 100 * sum(shares) / len(shares)
+            text.append(f"{row_name(students)} makes its teacher's call on {share:.1f} % of the films")
         for baselines in groups:
-            if any(comparable(s, b) for s in students for b in baselines):
-                text.append(f"{row_name(students)} minus {row_name(baselines)}, in points: "
-                            + ", ".join(differences(students, baselines)))
+            # Seed by seed, on the same bootstrap samples.
+            pairs = [(s["samples"]["0.5"], b["samples"]["0.5"])
+                     for s in students for b in baselines if comparable(s, b)]
+            if pairs:
+                gains = ", ".join(f"{k} {cell([s[k] - b[k] for s, b in pairs])}" for k in DIFFERENCES)
+                text.append(f"{row_name(students)} minus {row_name(baselines)}, in points: {gains}")
     return text
 
 
@@ -592,10 +581,8 @@ def findings(groups, data):
     """The AUC of every finding, and what each network is made of."""
     rows = []
     for k, finding in enumerate(data.classes):
-        truth, cells = data.test.labels[:, k], []
-        for same in groups:
-            at = [record["at"]["0.5"] for record in same]
-            cells.append(cell([a["auc"][k] for a in at], [a["samples"]["auc"][:, k] for a in at]))
+        truth = data.test.labels[:, k]
+        cells = [cell([r["samples"]["0.5"]["auc"][:, k] for r in same]) for same in groups]
         rows.append([finding, f"{int(truth.nansum())} of {int((~truth.isnan()).sum())}", *cells])
     costs = (("parameters, M", "parameters", 1e6), ("multiply-adds, G", "multiply_adds", 1e9))
     for title, key, unit in costs:
@@ -619,7 +606,7 @@ def grid(groups):
         args, facts = same[0]["args"], same[0]["facts"]
         smooth = f", label smoothing {args['label_smoothing']:g}" if args["label_smoothing"] else ""
         by = " + ".join(facts["taught_by"]) or "no teacher" + smooth
-        parts = [(r["facts"]["train_accuracy"], mean(r["facts"]["validation"]["accuracy"]),
+        parts = [(r["facts"]["train_accuracy"], mean(r["validation"]["accuracy"]),
                   mean(r["at"]["0.5"]["accuracy"])) for r in same]
         values = 100 * torch.tensor(parts, dtype=torch.float64)
         text = " / ".join(f"{value:.1f}" for value in values.mean(0))
@@ -638,15 +625,6 @@ def comparable(student, baseline):
             "uncertain", "augment")
     a, b = student["args"], baseline["args"]
     return (a["role"], b["role"]) == ("student", "baseline") and all(a[k] == b[k] for k in same)
-
-
-def differences(students, baselines):
-    """Student minus baseline, seed by seed, on the same bootstrap samples."""
-    pairs = [(s, b) for s in students for b in baselines if s["args"]["seed"] == b["args"]["seed"]]
-    pairs = [(s["at"]["0.5"], b["at"]["0.5"]) for s, b in pairs]
-    for k in ("accuracy", "specificity", "sensitivity", "auc", "ece"):
-        gains = [(torch.tensor(s[k]) - torch.tensor(b[k])).tolist() for s, b in pairs]
-        yield f"{k} {cell(gains, [s['samples'][k] - b['samples'][k] for s, b in pairs])}"
 
 
 def get_args(argv=None):
@@ -677,24 +655,24 @@ def get_args(argv=None):
 def main(argv=None):
     args, known = get_args(argv), {}
     if args.runs[0].endswith(".json"):
-        return print("\n".join(kept(args.runs[0])))
+        return print(kept(args.runs[0]))
     if args.image:
         return read_film(args.image, args.runs, args.cam, args.device)
     keep = bool(args.cam or args.export)
     records = [read(folder, args.device, args.data, known, keep) for folder in args.runs]
+    if len({record["folder"].resolve() for record in records}) < len(records):
+        raise UserError("every run once needed, found one twice: two would look like two seeds")
     if len({(*record["data"].classes, *record["data"].test.ids) for record in records}) > 1:
         raise UserError("one table needs one set of test films and classes, these runs were trained for "
                         "several: judge them in separate calls")
+    runs = {}
     for record in records:
+        data = record["data"]
+        refuse_foreign(record["folder"], record["facts"], data, data.val, data.test)
         judge(record)
-        teachers = record["args"]["teacher"] or []
-        if teachers and all(checkpoint_file(path).exists() for path in teachers):
-            theirs = [read(path, args.device, args.data, known) for path in teachers]
-            if all(teacher["data"].test.ids == record["data"].test.ids for teacher in theirs):
-                several, logits = record["data"].multilabel, [teacher["test"] for teacher in theirs]
-                taught = mean_teacher(logits, record["args"]["T"], several)
-                record["agreement"] = agreement(record["test"], taught, several)
-        write_json(record["folder"] / "metrics.json", figures(record))
+        record["agreement"] = agreement(record, args.device, known)
+        runs[str(record["folder"])] = figures(record)
+        write_json(record["folder"] / "metrics.json", runs[str(record["folder"])])
     text = tables(records, args.grid)
     if args.cam:
         show_cams(args.cam, records, args.device)
@@ -702,7 +680,6 @@ def main(argv=None):
             text += pointing(records, args.device)
     print("\n".join([*text, *(reports(records) if not records[0]["data"].multilabel else [])]))
     if args.json:
-        runs = {str(record["folder"]): figures(record) for record in records}
         write_json(args.json, {"tables": text, "runs": runs})
     if args.export:
         export(args.export, records[0])

@@ -23,7 +23,7 @@ import torch
 
 import models
 from data import UserError, atomic, device_flag, load_as, origin, parser, poses, prepare, progress, run, table
-from evaluate import mean, metrics, predict, stopped_at
+from evaluate import mean, metrics, predict, refuse_foreign, stopped_at
 from kd import distillation_loss, label_loss, mean_teacher
 from models import forward
 
@@ -244,16 +244,7 @@ def view_of_learner(args, model, tail, split, device, live=False):
 def load_teacher(path, args, data, device):
     """A teacher and its own films, unless something about it would make the student's result a lie."""
     model, facts = models.load_checkpoint(path)
-    if facts["classes"] != data.classes:
-        raise UserError(
-            f"teacher and student need the same classes in the same order; {path} knows {facts['classes']}, "
-            f"the films have {data.classes}: train a teacher on these films"
-        )
-    if set(facts["train_groups"]) & set(data.val.groups):
-        raise UserError(
-            f"{path} was trained on patients whom this student is validated on: give both the same --data "
-            f"and --val-fraction"
-        )
+    refuse_foreign(path, facts, data, data.val)
     stopped = stopped_at(facts)
     print(f"taught by {path}: {facts['arch']}{stopped}, {facts['size']} px, epoch {facts['epoch']:g}, "
           f"validation accuracy {100 * mean(facts['validation']['accuracy']):.1f} %"

@@ -186,7 +186,7 @@ def test_per_class_takes_at_most_so_many_and_says_what_is_missing(kermany, capsy
     assert set(loaded.train.ids) < set(whole.train.ids) and set(loaded.val.ids) < set(whole.val.ids)
     data.load(kermany, 16, ("train",), per_class=18)
     assert "only 17 films of NORMAL" in capsys.readouterr().out
-    loaded = data.load(kermany, 16, ("train", "val"), per_class=15)  # 13.5 and 1.5 of each, if halves could be
+    loaded = data.load(kermany, 16, ("train", "val"), per_class=15)  # 13.5 and 1.5 of each
     assert torch.cat([loaded.train.labels, loaded.val.labels]).bincount().tolist() == [15, 15]
 
 

@@ -363,7 +363,7 @@ def test_a_teacher_trained_on_the_students_validation_patients_is_refused(few_ph
     _, facts = models.load_checkpoint("teacher")
     model, _ = models.load_checkpoint("teacher")
     models.save_checkpoint("teacher/best.pt", model, **{**facts, "train_groups": ["phantom-val-3"]})
-    with pytest.raises(data.UserError, match="trained on patients whom this student is validated on"):
+    with pytest.raises(data.UserError, match="trained on 1 of the patients that it or its student"):
         fit("--teacher", "teacher", role="student")
 
 

@@ -589,16 +589,16 @@ def device_flag(parser):
     parser.add_argument("--device", type=device, default=default, help="cpu, cuda or cuda:N")
 
 
-def origin():
+def origin(device):
     """What a number came from: command, commit, versions and machine."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     except OSError:  # no git on this machine
         commit = "unknown"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {"command": " ".join(sys.argv), "commit": commit, "torch": str(torch.__version__),
-            "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads"}
+            "device": cpu if "cuda" not in str(device) else torch.cuda.get_device_name(device)}
 
 
 def progress(items, text):

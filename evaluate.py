@@ -468,13 +468,13 @@ def write_json(path, content):
     write(path, json.dumps(content, indent=1).encode())
 
 
-def figures(record):
+def figures(record, device):
     """What goes into metrics.json: every figure of a run, and where it came from."""
     data, facts = record["data"], record["facts"]
     return {"test": record["at"], "validation": record["validation"], "classes": data.classes,
             "agreement_with_teacher": record["agreement"], "films": len(data.test.labels),
             "patients": len(set(data.test.groups)), "trained_by": facts["provenance"], "args": record["args"],
-            "epoch": facts["epoch"], "cost": record["cost"], "judged_by": origin()}
+            "epoch": facts["epoch"], "cost": record["cost"], "judged_by": origin(device)}
 
 
 # ---- tables -----------------------------------------------------------------------------------------
@@ -671,7 +671,7 @@ def main(argv=None):
         refuse_foreign(record["folder"], record["facts"], data, data.val, data.test)
         judge(record)
         record["agreement"] = agreement(record, args.device, known)
-        runs[str(record["folder"])] = figures(record)
+        runs[str(record["folder"])] = figures(record, args.device)
         write_json(record["folder"] / "metrics.json", runs[str(record["folder"])])
     text = tables(records, args.grid)
     if args.cam:

@@ -6,12 +6,16 @@
 
 What is timed is train_one_epoch itself, fed as train.py feeds it. Times are medians after a warm-up, and
 what is compared is measured in turns within one run. What this machine cannot measure is shown as n/a.
+A table is {row: {column: figure}} from the measurement to the JSON.
 """
 
+import contextlib
+import gc
 import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -21,19 +25,20 @@ from torchvision.io import ImageReadMode, decode_image
 
 from data import UserError, decoding, device_flag, list_films, load, origin, parser, prepare, run
 from evaluate import markdown, write_json
-from models import AUX_WEIGHT, bare_network, build, cost, exported, features, forward, split
+from models import AUX_WEIGHT, architectures, bare_network, build, cost, exported, features, forward, split
 from train import RECIPES, train_one_epoch, view_of
 
 NATIVE = {"inception_v3": 299}  # the side of the films a network was made for; 224 for the others
 FILMS = 5216  # in an epoch, where hours are given: the public set's training films
-PAPER_I = {  # arXiv 2406.08837, Table I: depth, parameters M, computation M
-    "alexnet": (8, 64.90, 750),
-    "vgg16": (24, 144.06, 15938),
-    "resnet18": (19, 14.79, 1875),
-    "resnet34": (35, 25.21, 3750),
-    "inception_v3": (166, 24.79, 5208),
-}
-PAPER_V = {"alexnet": (1.89, 44.44, 0.10), "inception_v3": (3.54, 95.96, 0.81)}  # GB, GPU %, hours
+PAPER = {  # arXiv 2406.08837, Tables I and V: shown in brackets beside ours
+    "alexnet": {"depth": 8, "parameters M": 64.90, "multiply-adds M": 750,
+                "GB allocated": 1.89, "GPU busy %": 44.44, "hours": 0.10},
+    "vgg16": {"depth": 24, "parameters M": 144.06, "multiply-adds M": 15938},
+    "resnet18": {"depth": 19, "parameters M": 14.79, "multiply-adds M": 1875},
+    "resnet34": {"depth": 35, "parameters M": 25.21, "multiply-adds M": 3750},
+    "inception_v3": {"depth": 166, "parameters M": 24.79, "multiply-adds M": 5208,
+                     "GB allocated": 3.54, "GPU busy %": 95.96, "hours": 0.81},
+}  # fmt: skip
 
 
 # ---- instruments ------------------------------------------------------------------------------------
@@ -61,28 +66,34 @@ def in_turns(calls, device, rounds):
     times = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name in list(calls)[:: 1 if i % 2 else -1]:
-            spent = seconds(calls[name], device)
-            times[name] += [spent] if i else []
-    return times
+            times[name].append(seconds(calls[name], device))
+    return {name: spent[1:] for name, spent in times.items()}
 
 
 def gpu_usage(call, device):
-    """Peak memory in GB, and the seconds a GPU spent inside kernels: torch's profiler, no other package."""
+    """Peak memory in GB, allocated and reserved, and the seconds that a GPU spent inside kernels, by torch's
+    profiler; None without a GPU."""
     if device.type != "cuda":
-        return {"allocated_gb": None, "reserved_gb": None, "busy_seconds": None}
+        return None, None, None
+    gc.collect()  # networks measured before may hang in circles of references
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)  # what the warm-up took is not this call's
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize(device)
-    return {
-        "allocated_gb": torch.cuda.max_memory_allocated(device) / 1e9,
-        "reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9,
-        "busy_seconds": sum(event.self_device_time_total for event in profile.key_averages()) / 1e6,
-    }
+    busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+    return torch.cuda.max_memory_allocated(device) / 1e9, torch.cuda.max_memory_reserved(device) / 1e9, busy
 
 
 # ---- what is measured -------------------------------------------------------------------------------
+
+
+def network(model, size):
+    """Table I: what the published network is made of, with its 1000 classes."""
+    c = cost(model, size)
+    return {"size": size, "depth": c["depth"], "parameters M": c["parameters"] / 1e6,
+            "auxiliary M": c["auxiliary_parameters"] / 1e6, "multiply-adds M": c["multiply_adds"] / 1e6,
+            "MB": c["megabytes"]}
 
 
 def make_epoch(arch, size, args, device):
@@ -94,8 +105,10 @@ def make_epoch(arch, size, args, device):
     labels = torch.randint(0, 2, (n,), device=device)
     parts = torch.randperm(n, device=device).split(args.batch_size)
 
-    def epoch(learner=model, view=None, optimizer=sgd, teacher=None):
-        train_one_epoch(learner, view or view_of(images, device), labels, parts, optimizer, teacher,
+    films = view_of(images, device)
+
+    def epoch(learner=model, view=films, optimizer=sgd, teacher=None):
+        train_one_epoch(learner, view, labels, parts, optimizer, teacher,
                         aux_weight=AUX_WEIGHT.get(arch, 0.0), amp=device.type == "cuda")
 
     return model, sgd, images, labels, parts, epoch
@@ -106,11 +119,10 @@ def training(arch, size, args, device):
     *_, epoch = make_epoch(arch, size, args, device)
     n = args.batch_size * args.steps
     wall = median(in_turns({"epoch": epoch}, device, args.rounds)["epoch"])
-    used = gpu_usage(epoch, device)
-    busy = used.pop("busy_seconds")
-    hours = RECIPES["pneumonia"]["student"]["epochs"] * FILMS * wall / n / 3600
-    return {**used, "gpu_busy_percent": busy and 100 * busy / wall, "images_per_second": n / wall,
-            "gpu_seconds_per_1000_images": busy and 1000 * busy / n, "hours": hours}
+    allocated, reserved, busy = gpu_usage(epoch, device)
+    return {"GB allocated": allocated, "GB reserved": reserved, "GPU busy %": busy and 100 * busy / wall,
+            "films/s": n / wall, "GPU s per 1000 films": busy and 1000 * busy / n,
+            "hours": RECIPES["pneumonia"]["student"]["epochs"] * FILMS * wall / n / 3600}
 
 
 def inference(model, size, args, device):
@@ -120,29 +132,27 @@ def inference(model, size, args, device):
     many = torch.randint(0, 256, (args.many, 1, size, size), dtype=torch.uint8, device=device)
     ask = torch.inference_mode()(lambda films: forward(model, prepare(films, device)))
     calls = {"eager": lambda: ask(many[:1])}
-    try:
+    with contextlib.suppress(UserError):  # a network that cannot be exported
         program = torch.inference_mode()(exported(model, size).module())
         calls["exported"] = lambda: program(many[:1])
-    except UserError:
-        pass  # shown as n/a
     out, threads = {}, torch.get_num_threads()
     for count in sorted({1, threads}) if device.type == "cpu" else [threads]:
         torch.set_num_threads(count)
         one = in_turns(calls, device, 4 * args.rounds + 20)
-        batch = in_turns({"": lambda: ask(many)}, device, args.rounds)[""]
+        batch = median(in_turns({"": lambda: ask(many)}, device, args.rounds)[""])
         out["GPU" if device.type == "cuda" else f"{count} thread{'s' * (count > 1)}"] = {
-            "median_ms": 1e3 * median(one["eager"]),
-            "p95_ms": 1e3 * sorted(one["eager"])[int(0.95 * len(one["eager"]))],
-            "exported_ms": 1e3 * median(one["exported"]) if "exported" in one else None,
-            "images_per_second": args.many / median(batch),
-            "allocated_gb": gpu_usage(lambda: ask(many), device)["allocated_gb"],
+            "median ms": 1e3 * median(one["eager"]),
+            "95 % ms": 1e3 * sorted(one["eager"])[int(0.95 * len(one["eager"]))],
+            "exported ms": 1e3 * median(one["exported"]) if "exported" in one else None,
+            "films/s": args.many / batch,
+            "GB allocated": gpu_usage(lambda: ask(many), device)[0],
         }
     torch.set_num_threads(threads)
     return out
 
 
 def distillation(teacher_arch, student_arch, sizes, args, device):
-    """Seconds of a step, five ways, and their ratios to the bare loop."""
+    """A step of training, five ways, and their ratios to the bare loop."""
     model, sgd, images, labels, parts, epoch = make_epoch(student_arch, sizes[student_arch], args, device)
     ready = [(prepare(images[index], device), labels[index]) for index in parts]
 
@@ -163,9 +173,8 @@ def distillation(teacher_arch, student_arch, sizes, args, device):
 
     fixed = build(student_arch, 2, sizes[student_arch]).to(device, memory_format=torch.channels_last)
     tail = split(fixed, "head")
-    with torch.no_grad():
-        reached = torch.cat([features(fixed, tail, prepare(images[index], device)) for index in parts])
-    reached = view_of(reached, device)  # in another order than the labels, which costs the same
+    shape = features(fixed, tail, ready[0][0]).shape[1:]
+    reached = view_of(torch.randn(len(images), *shape), device)
     head_sgd = torch.optim.SGD(tail.parameters(), 1e-4, 0.9, fused=True)
 
     times = in_turns({
@@ -175,14 +184,11 @@ def distillation(teacher_arch, student_arch, sizes, args, device):
         "d teacher asked live": lambda: epoch(teacher=lambda index: forward(teacher, large(index))[0]),
         "e head on features": lambda: epoch(tail, reached, head_sgd),
     }, device, args.rounds)
-    return {
-        name: {
-            "seconds_per_step": median(spent) / args.steps,
-            "ratio_to_a": median(s / a for s, a in zip(spent, times["a bare loop"], strict=True)),
-            "ratio_to_c": median(s / c for s, c in zip(spent, times["c teacher's table"], strict=True)),
-        }
-        for name, spent in times.items()
-    }
+    base = times["a bare loop"], times["c teacher's table"]
+    return {name: {"seconds": median(spent) / args.steps,
+                   "ratio to a": median(s / a for s, a in zip(spent, base[0], strict=True)),
+                   "ratio to c": median(s / c for s, c in zip(spent, base[1], strict=True))}
+            for name, spent in times.items()}
 
 
 def loading(source, size):
@@ -202,68 +208,37 @@ def loading(source, size):
             "cold start, with listing and writing": cold,
             "warm start": lambda: load(source, size, cache=cache),
         }, device, rounds=7)
-    return {"films": len(films), "seconds": {name: median(spent) for name, spent in times.items()}}
+    return {name: {"films": len(films), "seconds": median(spent)} for name, spent in times.items()}
 
 
 # ---- what is shown ----------------------------------------------------------------------------------
 
 
-def show(value, digits=1, paper=None):
-    text = "n/a" if value is None else f"{value:,.{digits}f}"
-    return text if paper is None else f"{text} ({paper})"
+def ratios(rows):
+    """The teacher's figures over the student's, of each its last row: what it saves, and what it does not."""
+    rows = list(rows.values())
+    teacher, student = rows[len(rows) // 2 - 1], rows[-1]
+    return {column: teacher[column] and student[column] and teacher[column] / student[column]
+            for column in teacher}
 
 
-def print_table(header, rows):
-    print("\n".join(markdown(header, rows)))
+def show(title, rows):
+    """A table with four digits a figure, and the paper's in brackets where it has one."""
 
+    def cell(row, column, value):
+        digits = 0 if isinstance(value, int) else 3 - sum((value or 0) >= ten for ten in (10, 100, 1000))
+        paper = PAPER.get(row, {}).get(column)
+        return ("n/a" if value is None else f"{value:,.{digits}f}") + (f" ({paper})" if paper else "")
 
-def print_report(report):
-    """The tables, the paper's figures in brackets where it has any."""
-    networks, source, nothing = report["networks"], report["provenance"], ("-",) * 3
-    print(f"\n{source['device']}, torch {source['torch']}, batches of {report['batch_size']}")
-    one, five, three = [], [], []
-    for arch, network in networks.items():
-        c, p1 = network["cost"], PAPER_I.get(arch, nothing)
-        t, p5 = network["training"], PAPER_V.get(arch, nothing)
-        one.append([f"{arch} at {network['size']}", show(c["depth"], 0, p1[0]),
-                    show(c["parameters"] / 1e6, 2, p1[1]), show(c["auxiliary_parameters"] / 1e6, 2),
-                    show(c["multiply_adds"] / 1e6, 0, p1[2]), show(c["megabytes"], 0)])
-        five.append([arch, show(t["allocated_gb"], 2, p5[0]), show(t["reserved_gb"], 2),
-                     show(t["gpu_busy_percent"], 1, p5[1]), show(t["images_per_second"]),
-                     show(t["gpu_seconds_per_1000_images"], 2), show(t["hours"], 2, p5[2])])
-        three += [[arch, kind, *(show(v, 2) for v in i.values())] for kind, i in network["inference"].items()]
-    print_table(["network (the paper)", "depth", "parameters M", "auxiliary M", "multiply-adds M", "MB"], one)
-    print_table(["training (the paper)", "GB allocated", "GB reserved", "GPU busy %", "images/s",
-                 "GPU s per 1000 images", "hours"], five)
-    print_table(["inference", "on", "median ms", "95 % ms", "exported ms", "images/s", "GB allocated"], three)
-    if report["distillation"]:
-        lines = [[name, *(show(v, 3) for v in d.values())] for name, d in report["distillation"].items()]
-        print_table(["a step", "seconds", "ratio to a", "ratio to c"], lines)
-        print_table([" -> ".join(networks), "teacher / student"], list(compression(*networks.values())))
-    if report["loading"]:
-        n, times = report["loading"]["films"], report["loading"]["seconds"]
-        print_table([f"{n} films ready", "seconds"], [[k, show(v, 2)] for k, v in times.items()])
-    if networks and not torch.cuda.is_available():
-        print("\nn/a: memory and GPU use are read from CUDA, and there is none here.")
-
-
-def compression(teacher, student):
-    """What the student saves, and what it does not."""
-    for name, pick in (
-        ("parameters", lambda n: n["cost"]["parameters"]),
-        ("file size", lambda n: n["cost"]["megabytes"]),
-        ("multiply-adds", lambda n: n["cost"]["multiply_adds"]),
-        ("latency of one film", lambda n: list(n["inference"].values())[-1]["median_ms"]),
-        ("time per film in training", lambda n: 1 / n["training"]["images_per_second"]),
-        ("memory in training", lambda n: n["training"]["allocated_gb"]),
-    ):
-        yield [name, show(pick(student) and pick(teacher) / pick(student), 2)]
+    lines = [[row, *(cell(row, *item) for item in columns.items())] for row, columns in rows.items()]
+    print("\n".join(markdown([title, *next(iter(rows.values()))], lines)))
 
 
 def get_args(argv=None):
     p = parser("profile_gpu.py ARCH [ARCH ...]", __doc__)
     g = p.add_argument_group("what is measured")
-    g.add_argument("networks", nargs="+", metavar="ARCH", help="two of them: teacher, then student")
+    g.add_argument("networks", nargs="+", metavar="ARCH", choices=architectures(),
+                   help="networks of torchvision; if two: teacher, then student")
     g.add_argument("--size", type=int, help="side of the films; left out, 224, and 299 for inception_v3")
     g.add_argument("--data", metavar="DIR", help="also how soon the films in this folder are ready")
     g = p.add_argument_group("how much of it")
@@ -275,30 +250,39 @@ def get_args(argv=None):
     device_flag(g)
     g.add_argument("--json", metavar="FILE", help="write every figure there")
     args = p.parse_args(argv)
-    args.steps = args.steps or (20 if args.device.startswith("cuda") else 2)
+    args.steps = (20 if args.device.startswith("cuda") else 2) if args.steps is None else args.steps
     if min(args.batch_size, args.many, args.steps + 1, args.rounds + 1) < 2:
         p.error("--batch-size and --many must be at least 2, --steps and --rounds at least 1")
+    if args.data and not Path(args.data).is_dir():
+        p.error(f"--data needs a folder of films to be timed, {args.data} is none")
     return args
 
 
 def main(argv=None):
     args = get_args(argv)
-    device = torch.device(args.device)
-    sizes = {arch: args.size or NATIVE.get(arch, 224) for arch in args.networks}
-    report = {"provenance": origin(), "batch_size": args.batch_size, "steps": args.steps,
-              "rounds": args.rounds, "networks": {}, "distillation": None, "loading": None}
+    device, networks, trained, asked = torch.device(args.device), {}, {}, {}
+    tables = {"network (the paper)": networks, "training (the paper)": trained, "inference": asked}
+    sizes = {arch: NATIVE.get(arch, 224) if args.size is None else args.size for arch in args.networks}
     for arch, size in sizes.items():
+        trained[arch] = training(arch, size, args, device)
         published = bare_network(arch, aux=True)  # 1000 classes
-        report["networks"][arch] = {"size": size, "cost": cost(published, size),
-                                    "training": training(arch, size, args, device),
-                                    "inference": inference(published, size, args, device)}
+        networks[arch] = network(published, size)
+        places = inference(published, size, args, device)
+        asked |= {f"{arch}, {place}": figures for place, figures in places.items()}
     if len(sizes) == 2:
-        report["distillation"] = distillation(*sizes, sizes, args, device)
+        for rows in tables.values():
+            rows["teacher / student"] = ratios(rows)
+        tables["a step"] = distillation(*sizes, sizes, args, device)
     if args.data:
-        report["loading"] = loading(args.data, next(iter(sizes.values())))
-    print_report(report)
+        tables["films ready"] = loading(args.data, next(iter(sizes.values())))
+    source = origin(device)
+    print(f"\n{source['device']}, torch {source['torch']}, batches of {args.batch_size}")
+    for title, rows in tables.items():
+        show(title, rows)
+    if device.type != "cuda":
+        print("\nn/a: memory and GPU use are read from CUDA, and this was measured without.")
     if args.json:
-        write_json(args.json, report)
+        write_json(args.json, {"provenance": source, "args": vars(args), "tables": tables})
 
 
 if __name__ == "__main__":

@@ -310,7 +310,7 @@ def train(args):
         teachers = [load_teacher(path, args, data, device) for path in args.teacher or []]
     n, labels = len(data.train.labels), data.train.labels.to(device)
     facts = {"args": vars(args), "classes": data.classes, "multilabel": data.multilabel,
-             "train_groups": sorted(set(data.train.groups)), "provenance": origin(),
+             "train_groups": sorted(set(data.train.groups)), "provenance": origin(device),
              "films": [data.train.fingerprint, data.val.fingerprint],
              "processes": processes()[1], "teachers": [teacher["hash"] for teacher in teachers],
              "taught_by": [teacher["name"] for teacher in teachers]}

@@ -8,6 +8,7 @@ from torch import nn
 
 import models
 import profile_gpu
+from data import UserError
 
 CPU = torch.device("cpu")
 
@@ -66,14 +67,27 @@ def test_the_report_of_two_small_networks_holds_every_figure_that_a_cpu_can_meas
     profile_gpu.main(argv)
     text = capsys.readouterr().out
     report = json.loads(open("cost.json").read())
-    assert set(report["networks"]) == {"resnet18", "squeezenet1_1"} and report["provenance"]["torch"]
-    for network in report["networks"].values():
-        assert network["training"]["images_per_second"] > 0 and network["training"]["allocated_gb"] is None
-        assert all(i["p95_ms"] >= i["median_ms"] > 0 for i in network["inference"].values())
-        assert "1 thread" in network["inference"]
-        assert all(i["exported_ms"] > 0 for i in network["inference"].values())
-    ratios = [d["ratio_to_a"] for d in report["distillation"].values()]
-    assert len(ratios) == 5 and ratios[0] == 1 and all(r > 0 for r in ratios)
-    assert report["loading"]["films"] == 35 and "n/a" in text
-    for wanted in ("resnet18 -> squeezenet1_1", "d teacher asked live", "warm start", "21 (19)"):
+    networks, training, inference, steps, ready = report["tables"].values()
+    assert list(networks) == ["resnet18", "squeezenet1_1", "teacher / student"]
+    assert report["provenance"]["torch"] and report["args"]["many"] == 4
+    sizes = [row["parameters M"] for row in networks.values()]
+    assert sizes[2] == sizes[0] / sizes[1] and sizes[0] == pytest.approx(11.689512)
+    assert all(row["films/s"] > 0 and row["GB allocated"] is None for row in training.values())
+    asked = [row for name, row in inference.items() if "thread" in name]
+    assert "resnet18, 1 thread" in inference and len(asked) == len(inference) - 1
+    assert all(row["95 % ms"] >= row["median ms"] > 0 and row["exported ms"] > 0 for row in asked)
+    all_threads = f"{torch.get_num_threads()} thread"
+    last = [row["median ms"] for name, row in inference.items() if all_threads in name]
+    assert inference["teacher / student"]["median ms"] == last[0] / last[1]
+    to_a = [row["ratio to a"] for row in steps.values()]
+    assert len(to_a) == 5 and to_a[0] == 1 and all(ratio > 0 for ratio in to_a)
+    assert all(row["films"] == 35 for row in ready.values()) and "n/a" in text
+    for wanted in ("| teacher / student", "d teacher asked live", "warm start", "21 (19)", "11.69 (14.79)"):
         assert wanted in text, wanted
+
+
+def test_a_size_that_a_network_cannot_take_is_refused_before_anything_is_measured():
+    with pytest.raises(UserError, match="alexnet cannot read films of 32 x 32 pixels"):
+        profile_gpu.main(["alexnet", "--size", "32"])
+    with pytest.raises(SystemExit):
+        profile_gpu.main(["alexnet", "--data", "phantoms"])

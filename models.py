@@ -7,12 +7,9 @@
 """
 
 import hashlib
-import os
 import re
 import zipfile
 from pathlib import Path
-from urllib.error import URLError
-from urllib.parse import urlparse
 
 import torch
 import torch.nn.functional as F
@@ -96,21 +93,18 @@ def build(arch, num_classes, size=None, weights="none"):
     """
     aux = arch in AUX_MIN_SIZE and (size is None or size >= AUX_MIN_SIZE[arch])
     model = bare_network(arch, aux)
-    if weights == "imagenet":
-        load_body(model, read_weights(imagenet_file(arch)), arch)
-        if hasattr(model, "transform_input"):  # Inception and GoogLeNet learned on (x - 0.5) / 0.5
-            model.transform_input = True
-    elif weights != "none":
-        state = read_weights(checkpoint_file(weights))
-        facts = state.get("facts", {}) if "model" in state else {}
-        load_body(model, state.get("model", state), arch, source=weights)
-        if "transform_input" in facts:
-            model.transform_input = facts["transform_input"]
+    # Inception and GoogLeNet learned on (x - 0.5) / 0.5, and say so in a flag that no state_dict holds.
+    model.transform_input = weights == "imagenet" and arch in AUX_MIN_SIZE
+    if weights != "none":
+        path = imagenet_file(arch) if weights == "imagenet" else checkpoint_file(weights)
+        content = read_weights(path)
+        load_body(model, content.get("model", content), arch, path)
+        model.transform_input |= content.get("facts", {}).get("transform_input", False)
     replace_heads(model, num_classes)
     if size is not None:
         refuse_impossible_size(model, arch, size)
     model.facts = dict(arch=arch, num_classes=num_classes, size=size, aux=aux, input="film",
-                       transform_input=getattr(model, "transform_input", False))
+                       transform_input=model.transform_input)
     return model
 
 
@@ -161,12 +155,13 @@ def read_weights(path):
         why = (str(error) or "it ends too soon").splitlines()[0][:80]
         raise UserError(f"{path} is not a readable file of weights, it may be damaged or come from another "
                         f"program ({why}): train or fetch it anew") from None
-    if not isinstance(content, dict):
-        raise UserError(f"named tensors needed in {path}, found a {type(content).__name__}: give another")
+    for named in (content, content.get("model", content) if isinstance(content, dict) else {}):
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named):
+            raise UserError(f"named tensors needed in {path}, found a {type(named).__name__}: give another")
     return content
 
 
-def load_body(model, state, arch, source="torchvision's file"):
+def load_body(model, state, arch, source):
     """Load everything but the heads, which are about to be replaced."""
     skip = tuple(f"{name}." for name in heads(model))
     if "densenet" in arch:  # torchvision's files still say norm.1 where the code says norm1
@@ -179,9 +174,8 @@ def load_body(model, state, arch, source="torchvision's file"):
         wrong = str(error).splitlines()[1:]  # shapes that differ
     # What either may lack: auxiliary heads, a counter that old files do not have, what a ResNet's file
     # does not know of an SE-ResNet.
-    optional = (*skip, *AUX_NAMES)
-    wrong = [w for w in wrong if not w.startswith(optional) and not w.endswith("num_batches_tracked")]
-    wrong = [w for w in wrong if arch not in SE_RESNETS or ".se." not in w]
+    wrong = [w for w in wrong if not w.startswith((*skip, *AUX_NAMES))
+             and not w.endswith("num_batches_tracked") and not (arch in SE_RESNETS and ".se." in w)]
     if wrong:
         raise UserError(f"{source} does not hold the weights of {arch}: {len(wrong)} names or shapes differ, "
                         f"{wrong[0].strip()} for one; give the file that belongs to this --arch")
@@ -199,14 +193,13 @@ def imagenet_file(arch):
         raise UserError(f"ImageNet weights of {arch} needed, torchvision has none: give --weights none, or a "
                         f"file") from None
     url = getattr(kinds, "IMAGENET1K_V1", kinds.DEFAULT).url
-    name = os.path.basename(urlparse(url).path)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    wanted = re.search(r"-([0-9a-f]{8,})\.", name).group(1)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    wanted = path.stem.rsplit("-", 1)[1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=wanted)
-        except (URLError, OSError, RuntimeError) as error:  # RuntimeError: it came with another hash
+        except (OSError, RuntimeError) as error:  # RuntimeError: it came with another hash
             raise UserError(f"ImageNet weights of {arch} needed, {url} could not be fetched ({error}): "
                             f"put the file at {path}, or start from random ones: --recipe scratch") from None
     found = file_hash(path)
@@ -218,15 +211,12 @@ def imagenet_file(arch):
 
 def forward(model, images):
     """logits (B, C) and a list of the auxiliary heads' logits (empty in eval mode, and mostly)."""
-    out = model(seen(model, images))
+    if getattr(model, "facts", {}).get("input") == "residual":
+        images = residuals(images)
+    out = model(images)
     if isinstance(out, torch.Tensor):
         return out.flatten(1), []  # SqueezeNet ends in 1x1 maps
     return out[0], [aux for aux in out[1:] if aux is not None]
-
-
-def seen(model, images):
-    """What the first layer is given: films, or their residuals for a network that was built for those."""
-    return residuals(images) if getattr(model, "facts", {}).get("input") == "residual" else images
 
 
 def residuals(images):
@@ -270,11 +260,8 @@ def split(model, finetune):
 def features(model, tail, images):
     """What reaches `tail` when `model` reads the images: the input of the part that learns."""
     caught = []
-    hook = tail.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
-    try:
-        model(seen(model, images))  # the tail runs too, for nothing: a few products against a whole network
-    finally:
-        hook.remove()
+    with tail.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0])):
+        forward(model, images)  # the tail runs too, for nothing: a few products against a whole network
     return caught[0]
 
 
@@ -354,16 +341,13 @@ def load_checkpoint(path):
     """model, facts: the network rebuilt from its own facts, in eval mode and without gradients."""
     path = checkpoint_file(path)
     content = read_weights(path)
-    if not {"format", "model", "facts"} <= content.keys():
-        raise UserError(f"{path} holds tensors but is no checkpoint of this project: train one with train.py")
-    if content["format"] != FORMAT:
-        raise UserError(f"{path} has checkpoint format {content['format']}, this code reads {FORMAT}: "
-                        f"{'update the code' if content['format'] > FORMAT else 'train it anew'}")
+    if content.get("format") != FORMAT:
+        raise UserError(f"a checkpoint of this project, format {FORMAT}, needed in {path}, found format "
+                        f"{content.get('format')}: update the code if that is higher, or train it anew")
     facts = content["facts"]
     model = bare_network(facts["arch"], facts["aux"])
     replace_heads(model, facts["num_classes"])
-    if hasattr(model, "transform_input"):
-        model.transform_input = facts["transform_input"]  # not in the state_dict, yet it changes every logit
+    model.transform_input = facts["transform_input"]
     try:
         model.load_state_dict(content["model"])
     except RuntimeError as error:

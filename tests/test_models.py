@@ -247,10 +247,12 @@ def test_without_a_network_imagenet_weights_are_an_error_that_says_where_the_fil
 @pytest.mark.parametrize("content, says", [
     (b"", "not a readable file"),
     (b"PK\x03\x04 truncated", "not a readable file"),
-    ({"a": torch.zeros(1)}, "no checkpoint of this project"),
+    ({"a": torch.zeros(1)}, "a checkpoint of this project.*found format None"),
+    ({0: torch.zeros(1)}, "found a dict"),
+    ({"model": torch.zeros(1)}, "found a Tensor"),
     ([torch.zeros(1)], "found a list"),
-    ({"format": 99, "model": {}, "facts": {}}, "format 99.*update the code"),
-    ({"format": 1, "model": {}, "facts": {}}, "format 1.*train it anew"),
+    ({"format": 99, "model": {}, "facts": {}}, "found format 99: update the code"),
+    ({"format": 1, "model": {}, "facts": {}}, "found format 1: .*train it anew"),
     (None, "no such file"),
 ])  # fmt: skip
 def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, content, says):

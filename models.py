@@ -56,9 +56,8 @@ def architectures():
 def bare_network(arch, aux):
     """The network as its authors made it: 1000 outputs, random weights.
 
-    Inception and GoogLeNet could be drawn from a normal of deviation 0.1 (init_weights=True). That takes
-    seconds, and such large weights in front of BatchNorm learn slowly: from scratch at the same learning
-    rate they were far behind torch's own initialisation, so that one is used.
+    Inception and GoogLeNet have an initialisation of their own (init_weights=True); it takes seconds, and
+    from scratch they were far behind torch's at the same learning rate.
     """
     if arch not in architectures():
         raise UserError(f"--arch needs one of {', '.join(architectures())}; got {arch}")
@@ -182,11 +181,8 @@ def load_body(model, state, arch, source):
 
 
 def imagenet_file(arch):
-    """The path of torchvision's ImageNet weights, downloaded if need be, its hash checked every time.
-
-    torchvision compares a file with the hash in its name only while downloading; a file that was put
-    there by hand, or truncated since, it would load unasked.
-    """
+    """The path of torchvision's ImageNet weights, downloaded if need be, its hash checked every time:
+    torchvision does so only while downloading, and not when a file was put there by hand."""
     try:
         kinds = torchvision.models.get_model_weights(arch.removeprefix("se"))  # an SE-ResNet takes a ResNet's
     except ValueError:
@@ -238,12 +234,11 @@ def residuals(images):
 
 
 def split(model, finetune):
-    """The part that learns: everything ("all"), the fully connected layers ("fc"), the new head alone
-    ("head"). The rest is frozen here, and has to be run in eval mode by whoever runs it: without
-    gradients BatchNorm would still move its averages, and dropout still drop.
+    """The part that learns: everything ("all"), the block that holds the head ("fc": three layers in AlexNet
+    and VGG, the head itself in most others), or the new head alone ("head").
 
-    "fc" is the block of the classifier that holds the head where there is one (AlexNet and VGG: three
-    layers with their dropout), the head itself elsewhere.
+    The rest is frozen here, and put in eval mode: without gradients BatchNorm would still move its
+    averages, and dropout still drop.
     """
     if finetune == "all":
         return model
@@ -278,9 +273,8 @@ def frozen_hash(model):
 def cost(model, size):
     """Parameters (auxiliary heads' apart), multiply-adds of one film, depth, and megabytes of weights.
 
-    Multiply-adds are half the operations that FlopCounterMode counts: convolutions and matrix products;
-    biases, BatchNorm and activations are left out, as in torchvision's own figures. Depth is the number
-    of Conv2d and Linear layers, auxiliary heads left out.
+    Multiply-adds are half the operations that FlopCounterMode counts: convolutions and matrix products, as
+    in torchvision's own figures. Depth is the number of Conv2d and Linear layers.
     """
     was_training = model.training
     model.eval()  # so that auxiliary heads do not run

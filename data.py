@@ -264,7 +264,8 @@ def list_csv(root, layout, uncertain):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             try:
-                films += [read(row, path.name) for row in filter(layout.get("keep"), rows)]
+                keep = layout.get("keep")  # without it, all
+                films += [read(row, path.name) for row in filter(keep, rows)]
             except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, csv.Error) as error:
                 raise UserError(f"{path} as it was published needed, found something else in line "
                                 f"{rows.line_num} ({repr(error).splitlines()[0]}): fetch it anew") from None

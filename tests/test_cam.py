@@ -139,6 +139,10 @@ def test_a_film_that_no_data_set_holds_is_read_with_the_runs_alone(few_phantoms,
     out = capsys.readouterr().out
     assert f"t: NORMAL {says[0]:.1f} %, PNEUMONIA {says[1]:.1f} %" in out
     assert decode_image("one.png").shape == (3, 230, 2 * 227 + 3)
+    fit("--out", "f", "--data", "findings")
+    evaluate.main(["t", "f", "--image", "film.png"])
+    with pytest.raises(data.UserError, match="one picture needs runs of the same classes"):
+        evaluate.main(["t", "f", "--image", "film.png", "--cam", "two.png"])
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(data.UserError, match="a JPEG or PNG needed in text.png"):
         evaluate.main(["t", "--image", "text.png"])

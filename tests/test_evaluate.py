@@ -160,6 +160,8 @@ def test_the_threshold_is_the_one_with_the_best_sensitivity_plus_specificity():
         torch.tensor([0, 0, 0, 1, 1, 1]),
     )
     assert evaluate.youden_threshold(logits, labels) == pytest.approx(0.325)
+    undecided = torch.tensor([[0.0, 0.0], [0.0, 1.0]])  # a score of exactly 0.5 is no call at 0.5
+    assert evaluate.youden_threshold(undecided, torch.tensor([0, 1])) == 0.5
 
 
 # ---- the report
@@ -209,9 +211,36 @@ def test_one_table_holds_the_floor_the_three_runs_their_agreement_and_the_paired
         at = stored["test"]["0.5"]
         (tn, fp), (fn, tp) = at["confusion"]
         assert tn + fp == fn + tp == 8 and at["accuracy"] == pytest.approx((tp + tn) / 16)
-        assert at["interval"]["accuracy"][0] <= at["accuracy"] <= at["interval"]["accuracy"][1]
+        low, high = at["interval"]["accuracy"]
+        assert low <= at["accuracy"] <= high
+        assert f"| {100 * at['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in text
         assert stored["trained_by"]["commit"] and stored["args"]["seed"] == 0
-    assert 0 <= stored["agreement_with_teacher"] <= 1
+    student, teacher = (models.load_checkpoint(run)[0] for run in ("runs/student", "runs/teacher"))
+    with torch.no_grad():
+        x = data.prepare(data.load("phantoms", 32, ("test",)).test.images, torch.device("cpu"))
+        same = student(x).argmax(1) == teacher(x).argmax(1)
+    assert stored["agreement_with_teacher"] == pytest.approx(same.double().mean().item())
+
+
+def test_a_student_agrees_with_the_teacher_it_had_and_not_with_one_that_took_its_place(three_runs, capsys):
+    model, facts = models.load_checkpoint("runs/teacher")
+    models.save_checkpoint("runs/teacher/best.pt", model, **{**facts, "epoch": 7})
+    capsys.readouterr()
+    evaluate.main(three_runs)
+    assert "makes its teacher's call" not in capsys.readouterr().out
+    assert json.loads(open("runs/student/metrics.json").read())["agreement_with_teacher"] is None
+
+
+def test_a_run_given_twice_is_not_two_seeds(three_runs):
+    for twice in (["runs/teacher", "runs/teacher"], ["runs/teacher/best.pt", "runs/teacher/last.pt"]):
+        with pytest.raises(data.UserError, match="every run once needed, found one twice"):
+            evaluate.main(twice)
+
+
+def test_what_is_no_number_is_null_in_the_files(tmp_path):
+    evaluate.write_json("a.json", {"auc": [0.5, math.nan], "name": "NaN"})
+    assert "NaN" not in open("a.json").read().replace('"NaN"', "")
+    assert json.loads(open("a.json").read()) == {"auc": [0.5, None], "name": "NaN"}
 
 
 def test_runs_that_differ_in_their_seed_share_a_row_of_their_mean_and_deviation(few_phantoms, capsys):

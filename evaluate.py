@@ -234,13 +234,14 @@ def raw_cam(model, images, target, layer=None):
 
     was_training = model.training
     model.eval()
-    with torch.enable_grad(), (layer or last_maps(model, images)).register_forward_hook(keep):
+    layer = layer or last_maps(model, images)
+    with torch.inference_mode(False), torch.enable_grad(), layer.register_forward_hook(keep):
         # Frozen weights have no gradient: it starts at the film. Nothing is added to any .grad.
         logits, _ = forward(model, images.detach().clone().requires_grad_(True))
+        target = torch.as_tensor(target, device=logits.device).expand(len(logits))
+        score = logits.gather(1, target[:, None]).sum()
+        maps, gradient = caught[0].detach(), torch.autograd.grad(score, caught[0])[0]
     model.train(was_training)
-    target = torch.as_tensor(target, device=logits.device).expand(len(logits))
-    score = logits.gather(1, target[:, None]).sum()
-    maps, gradient = caught[0].detach(), torch.autograd.grad(score, caught[0])[0]
     if maps.dim() == 3:  # a ViT's tokens: one for the class, then the patches row by row
         side = math.isqrt(maps.shape[1] - 1)
         maps, gradient = (t[:, 1:].mT.unflatten(2, (side, side)) for t in (maps, gradient))
@@ -368,12 +369,13 @@ def read_film(path, folders, cam, device):
 # ---- runs -------------------------------------------------------------------------------------------
 
 
-def refuse_foreign(path, facts, data, *splits):
+def refuse_foreign(path, facts, data):
     """A network judges, and is judged by, classes that it knows and patients that it has not learned from."""
     if facts["classes"] != data.classes:
         raise UserError(f"{path} was trained on classes {facts['classes']}, the same classes are needed in "
                         f"{data.source}, found {data.classes}: give the films it was trained for with --data")
-    if seen := set(facts["train_groups"]).intersection(*[[g for s in splits for g in s.groups]]):
+    patients = {*data.val.groups, *(data.test.groups if hasattr(data, "test") else ())}
+    if seen := set(facts["train_groups"]) & patients:
         raise UserError(f"{path} was trained on {len(seen)} of the patients that it or its student is to be "
                         f"judged by in {data.source} ({min(seen)} for one): give other films, or the --data "
                         f"and --val-fraction that it was trained with")
@@ -437,6 +439,8 @@ def agreement(record, device, known):
     if not paths or there != record["facts"]["teachers"]:
         return None
     theirs = [read(path, device, record["data"].source, known) for path in paths]
+    for path, teacher in zip(paths, theirs, strict=True):
+        refuse_foreign(path, teacher["facts"], record["data"])
     if any(teacher["data"].test.ids != record["data"].test.ids for teacher in theirs):
         return None
     taught = mean_teacher([teacher["test"] for teacher in theirs], record["args"]["T"], several)
@@ -665,10 +669,10 @@ def main(argv=None):
     if len({(*record["data"].classes, *record["data"].test.ids) for record in records}) > 1:
         raise UserError("one table needs one set of test films and classes, these runs were trained for "
                         "several: judge them in separate calls")
+    for record in records:
+        refuse_foreign(record["folder"], record["facts"], record["data"])
     runs = {}
     for record in records:
-        data = record["data"]
-        refuse_foreign(record["folder"], record["facts"], data, data.val, data.test)
         judge(record)
         record["agreement"] = agreement(record, args.device, known)
         runs[str(record["folder"])] = figures(record, args.device)

@@ -139,11 +139,11 @@ def refuse_impossible_size(model, arch, size):
 def read_weights(path):
     """Tensors and plain values only: with weights_only a file cannot run code while it is read.
 
-    Such a file is a zip, with a checksum for each of its parts that torch writes but does not look at.
+    Such a file is a zip, with a checksum for each of its parts that torch writes, but does not look at.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(path):
+        if isinstance(content, dict) and "format" in content:  # ours
             with zipfile.ZipFile(path) as file:
                 if spoiled := file.testzip():
                     raise ValueError(f"the checksum of {spoiled} is another")
@@ -335,7 +335,7 @@ def load_checkpoint(path):
     """model, facts: the network rebuilt from its own facts, in eval mode and without gradients."""
     path = checkpoint_file(path)
     content = read_weights(path)
-    if content.get("format") != FORMAT:
+    if content.get("format") != FORMAT or not {"model", "facts"} <= content.keys():
         raise UserError(f"a checkpoint of this project, format {FORMAT}, needed in {path}, found format "
                         f"{content.get('format')}: update the code if that is higher, or train it anew")
     facts = content["facts"]

@@ -218,17 +218,17 @@ def ratios(rows):
     """The teacher's figures over the student's, of each its last row: what it saves, and what it does not."""
     rows = list(rows.values())
     teacher, student = rows[len(rows) // 2 - 1], rows[-1]
-    return {column: teacher[column] and student[column] and teacher[column] / student[column]
-            for column in teacher}
+    return {column: teacher[column] / student[column] if student[column] else None for column in teacher}
 
 
 def show(title, rows):
     """A table with four digits a figure, and the paper's in brackets where it has one."""
 
     def cell(row, column, value):
-        digits = 0 if isinstance(value, int) else 3 - sum((value or 0) >= ten for ten in (10, 100, 1000))
         paper = PAPER.get(row, {}).get(column)
-        return ("n/a" if value is None else f"{value:,.{digits}f}") + (f" ({paper})" if paper else "")
+        rounded = isinstance(value, int) or (value or 0) >= 1000
+        text = "n/a" if value is None else f"{value:,.0f}" if rounded else f"{value:#.4g}"
+        return text + (f" ({paper})" if paper else "")
 
     lines = [[row, *(cell(row, *item) for item in columns.items())] for row, columns in rows.items()]
     print("\n".join(markdown([title, *next(iter(rows.values()))], lines)))

@@ -10,6 +10,7 @@ A recipe is a set of defaults, nothing more; any flag overrides it. --help shows
 and data that stand beside it.
 """
 
+import copy
 import csv
 import math
 import os
@@ -27,7 +28,7 @@ from evaluate import mean, metrics, predict, refuse_foreign, stopped_at
 from kd import distillation_loss, label_loss, mean_teacher
 from models import forward
 
-SAVE_SECONDS = 20  # between two last.pt at least: AlexNet has 0.7 GB to save, and epochs of a second
+SAVE_SECONDS = 20  # weights are written no more often: AlexNet has 0.7 GB to save, and epochs of a second
 
 
 def recipe(both, teacher, student):
@@ -162,9 +163,13 @@ def share(batch):
 
 
 def add_up(tensors):
-    """Replace each tensor by its sum over the processes."""
-    for tensor in tensors if processes() != (0, 1) else []:
-        torch.distributed.all_reduce(tensor)
+    """Replace each tensor by its sum over the processes, all in one message."""
+    if processes() == (0, 1):
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    torch.distributed.all_reduce(flat)
+    for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        t.copy_(part.view_as(t))
 
 
 def from_first(*tensors):
@@ -244,7 +249,7 @@ def view_of_learner(args, model, tail, split, device, live=False):
 def load_teacher(path, args, data, device):
     """A teacher and its own films, unless something about it would make the student's result a lie."""
     model, facts = models.load_checkpoint(path)
-    refuse_foreign(path, facts, data, data.val)
+    refuse_foreign(path, facts, data)
     stopped = stopped_at(facts)
     print(f"taught by {path}: {facts['arch']}{stopped}, {facts['size']} px, epoch {facts['epoch']:g}, "
           f"validation accuracy {100 * mean(facts['validation']['accuracy']):.1f} %"
@@ -279,7 +284,9 @@ def resume(args, now, model, optimizer):
     if not path.exists():
         return []
     saved, facts = models.load_checkpoint(path)
-    told = [f"other {what}" for what in ("films", "teachers", "processes") if facts.get(what) != now[what]]
+    told = [f"other {what}" for what in ("films", "teachers") if facts[what] != now[what]]
+    if facts.get("processes", 1) != now["processes"]:
+        told.append(f"{facts.get('processes', 1)} processes (now {now['processes']})")
     told += [f"--{flag.replace('_', '-')} {facts['args'].get(flag)} (now {value})"
              for flag, value in vars(args).items()
              if flag not in ("device", "cache", "out", "tensorboard") and value != facts["args"].get(flag)]
@@ -337,7 +344,7 @@ def train(args):
         view = view_of_learner(args, model, tail, data.train, device, args.augment)
         val_view = view_of_learner(args, model, tail, data.val, device)
 
-    saved, n_batches = time.perf_counter(), len(batches(n, args.batch_size, None))
+    best, saved, n_batches = None, time.perf_counter(), len(batches(n, args.batch_size, None))
     looks = min(LOOKS, n_batches) if args.stop_at else 1  # mostly one, at the end of every epoch
     while not history or not finished(args, history[-1]):
         # Every random choice of an epoch follows from seed and epoch: a run can go on from any of them.
@@ -369,13 +376,14 @@ def train(args):
         facts |= {"epoch": done, "train_accuracy": row["train_accuracy"], "validation": judged}
         if rank == 0:
             write_history(out / "history.csv", history, board)
-        if rank == 0 and better:
-            models.save_checkpoint(out / "best.pt", model, **facts)
+        if better:  # kept in memory until both are written: best.pt is never of an epoch yet to be repeated
+            best = copy.deepcopy(model), dict(facts)
         if rank == 0 and (finished(args, row) or time.perf_counter() - saved >= SAVE_SECONDS):
+            if best:
+                models.save_checkpoint(out / "best.pt", best[0], **best[1])
             state = {"history": history, "optimizer": optimizer.state_dict()}
-            # After best.pt: killed before this, the run repeats what came since.
             models.save_checkpoint(out / "last.pt", model, **facts, **state)
-            saved = time.perf_counter()
+            best, saved = None, time.perf_counter()
         print(describe(args, row) + ("  best" if better else ""), flush=True)
     print(f"{summary(history)}; {out}/best.pt")
 
@@ -390,7 +398,9 @@ def summary(history):
 
 def refuse_stop_at(args, data):
     """A defective teacher must at least know more than which class is the commonest."""
-    if args.stop_at and not data.multilabel:
+    if args.stop_at and data.multilabel:
+        raise UserError("--stop-at needs films of one class each, these may have several: leave it out")
+    if args.stop_at:
         floor = data.val.labels.bincount().max().item() / len(data.val.labels)
         if args.stop_at < floor:
             raise UserError(f"--stop-at must be {floor:.3f} or more, which calling every film by the "
@@ -531,7 +541,8 @@ def get_args(argv=None):
     args.out = args.out or f"runs/{name}/{run_name(p, args)}"
     if args.role == "student" and not args.teacher:
         args.teacher = [f"runs/{name}/teacher"]
-    if Path(args.out).resolve() in [models.checkpoint_file(t).resolve().parent for t in args.teacher or []]:
+    out = Path(args.out).resolve()
+    if {out, out / "best.pt", out / "last.pt"} & {Path(path).resolve() for path in args.teacher or []}:
         p.error(f"a student cannot be its own teacher: --out is {args.out} and so is --teacher")
     return args
 

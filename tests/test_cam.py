@@ -54,6 +54,14 @@ def test_the_published_fixture(frozen):
     assert evaluate.raw_cam(model, x, 0, model.relu).tolist() == [[[0, 4], [28, 32.5]]]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_is_the_same_where_gradients_are_switched_off(mode):
+    model, x = models.build("squeezenet1_1", 2, 64).eval(), torch.randn(2, 3, 64, 64)
+    heat = evaluate.grad_cam(model, x, 1)
+    with mode():
+        assert torch.equal(evaluate.grad_cam(model, x, 1), heat)
+
+
 def test_it_leaves_no_hook_no_gradient_and_the_mode_it_found():
     model = models.build("alexnet", 2, 64).train()
     model.features[0].weight.grad = torch.ones_like(model.features[0].weight)

@@ -188,6 +188,8 @@ def test_per_class_takes_at_most_so_many_and_says_what_is_missing(kermany, capsy
     assert "only 17 films of NORMAL" in capsys.readouterr().out
     loaded = data.load(kermany, 16, ("train", "val"), per_class=15)  # 13.5 and 1.5 of each
     assert torch.cat([loaded.train.labels, loaded.val.labels]).bincount().tolist() == [15, 15]
+    loaded = data.load(kermany, 16, ("train", "val"), per_class=2, val_fraction=0.8)
+    assert loaded.train.labels.bincount().tolist() == loaded.val.labels.bincount().tolist() == [1, 1]
 
 
 # ---- the cache

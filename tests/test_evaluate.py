@@ -282,6 +282,15 @@ def test_a_run_is_not_judged_on_patients_that_it_was_trained_on(kermany):
         evaluate.main([args.out])
 
 
+def test_a_student_is_not_judged_on_patients_that_its_teacher_was_trained_on(few_phantoms):
+    fit("--out", "t")
+    model, facts = models.load_checkpoint("t")
+    models.save_checkpoint("t/best.pt", model, **{**facts, "train_groups": ["phantom-test-3"]})
+    fit("--out", "s", "--teacher", "t", role="student")
+    with pytest.raises(data.UserError, match="t was trained on 1 of the patients.*phantom-test-3"):
+        evaluate.main(["s"])
+
+
 def test_classes_other_than_those_of_training_are_refused(kermany, few_phantoms):
     args = fit()
     (kermany / "train/PNEUMONIA").rename(kermany / "train/COVID")

@@ -249,6 +249,7 @@ def test_without_a_network_imagenet_weights_are_an_error_that_says_where_the_fil
     (b"PK\x03\x04 truncated", "not a readable file"),
     ({"a": torch.zeros(1)}, "a checkpoint of this project.*found format None"),
     ({0: torch.zeros(1)}, "found a dict"),
+    ({"format": 2}, "a checkpoint of this project"),
     ({"model": torch.zeros(1)}, "found a Tensor"),
     ([torch.zeros(1)], "found a list"),
     ({"format": 99, "model": {}, "facts": {}}, "found format 99: update the code"),

@@ -73,7 +73,7 @@ def test_one_process_writes_and_tells_and_the_run_can_be_taken_up_by_as_many(few
     again = torchrun("--out", "run", "--epochs", "1", code=main, port="29617")
     assert again.returncode == 0 and again.stdout.count("run is finished") == 1
     assert models.load_checkpoint("run")[1]["epoch"] == 1
-    with pytest.raises(data.UserError, match="begun with other processes"):  # whose bits would be others
+    with pytest.raises(data.UserError, match=r"begun with 2 processes \(now 1\)"):  # other bits
         fit("--out", "run", "--epochs", "1")
 
 

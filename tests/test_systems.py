@@ -142,6 +142,8 @@ def test_every_film_is_seen_once_an_epoch_however_often_validation_is_looked_at(
 def test_a_threshold_that_the_commonest_class_alone_passes_is_refused(kermany):
     with pytest.raises(data.UserError, match="--stop-at must be 0.500 or more"):
         fit("--data", str(kermany), "--recipe", "scratch", "--stop-at", "0.4", "--val-fraction", "0.3")
+    with pytest.raises(data.UserError, match="--stop-at needs films of one class each"):
+        fit("--data", "findings", "--stop-at", "0.9")
     for role, share in (("student", "0.6"), ("teacher", "1.5")):
         with pytest.raises(SystemExit):
             fit("--stop-at", share, role=role)

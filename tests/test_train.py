@@ -272,6 +272,16 @@ def test_a_run_does_not_go_on_with_another_teacher_than_it_was_begun_with(few_ph
         fit("--teacher", "teacher", "--out", "student", role="student")
 
 
+def test_best_is_never_of_an_epoch_that_a_resumed_run_has_yet_to_repeat(few_phantoms, monkeypatch):
+    def stopped(args, row):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "describe", stopped)  # after the first epoch, the best so far, unsaved
+    with pytest.raises(KeyboardInterrupt):
+        fit("--out", "run")
+    assert {path.name for path in Path("run").iterdir()} == {"history.csv"}
+
+
 def test_changed_flags_against_an_existing_run_are_named(few_phantoms):
     fit("--out", "run")
     with pytest.raises(data.UserError, match=r"--lr 0.01 \(now 0.02\)"):
@@ -468,12 +478,13 @@ def say(*argv):
     (["--role", "teacher", "--batch-size", "1"], "--batch-size must be a number above 1"),
     (["--role", "teacher", "--stop-at", "0"], "a share between 0 and 1"),
     (["--role", "student", "--teacher", "x/best.pt", "--out", "x"], "its own teacher"),
+    (["--role", "student", "--teacher", "y", "x", "--out", "x"], "its own teacher"),
     (["--role", "teacher", "--teacher", "x"], "--teacher belongs to --role student"),
     (["--role", "teacher", "--finetune", "head"], "would freeze random ones"),
     (["--role", "student", "--label-smoothing", "0.1"], "--role baseline"),
     (["--role", "teacher", "--epochs", "0"], "--epochs must be a number above 0"),
     (["--role", "teacher", "--no-such-flag"], "unrecognized"),
-    (["--role", "teacher", "--arch", "alexnett"], "alexnet"),
+    (["--role", "teacher", "--arch", "alexnett"], "seresnet50"),
     (["--role", "teacher", "--device", "cuda"], "cuda cannot be used here"),
     (["--role", "teacher", "--per-class", "1"], "--per-class must be a number above 1"),
     (["--role", "teacher", "--clip", "-1"], "--clip must be"),

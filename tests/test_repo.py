@@ -1,6 +1,7 @@
 """The house: who may import whom, and how much there is to read."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def test_scripts_import_only_what_lies_below_them_and_three_packages():
         assert names <= MAY_IMPORT[path.stem] | PACKAGES, path.name
 
 
-def test_the_scripts_can_be_read_in_one_sitting():
+def test_the_scripts_are_as_long_as_the_readme_says_and_grow_no_longer():
     lines = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("*.py")}
     assert set(lines) <= {f"{name}.py" for name in MAY_IMPORT}
+    told = re.findall(r"\[(\w+\.py)\]\(\w+\.py\) \((\d+)", (ROOT / "README.md").read_text())
+    assert len(told) == 6 and all(abs(lines[name] - int(n)) <= 10 for name, n in told), lines
     assert sum(lines.values()) <= 2770 and max(lines.values()) <= 740, lines

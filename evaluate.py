@@ -649,7 +649,7 @@ def get_args(argv=None):
         p.error(f"--export takes one run, got {len(args.runs)}: export them one by one")
     more = args.grid or args.json or args.export
     shown = any(run.endswith(".json") for run in args.runs)
-    if shown and (len(args.runs) > 1 or args.cam or args.image or more):
+    if shown and (len(args.runs) > 1 or args.data or args.cam or args.image or more):
         p.error("a file of --json is only shown again, by itself: leave the other runs and flags out")
     if args.image and more:
         p.error("--image reads one film and judges nothing: leave --grid, --json and --export out")

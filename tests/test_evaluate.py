@@ -339,6 +339,7 @@ def test_a_file_without_tables_is_refused(tmp_path):
     ("a b --export x.pt2", "--export takes one run"),
     ("kept.json runs/a", "only shown again"),
     ("kept.json --json b.json", "only shown again"),
+    ("kept.json --data films", "only shown again"),
     ("a --image film.png --json b.json", "judges nothing"),
 ])  # fmt: skip
 def test_flags_that_would_be_ignored_are_refused(line, says, capsys):

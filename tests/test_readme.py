@@ -126,6 +126,37 @@ def test_the_exported_student_is_read_by_the_lines_of_the_readme(few_phantoms):
     assert said.getvalue().startswith("['NORMAL', 'PNEUMONIA'] tensor([[")
 
 
+def measured(name):
+    return json.loads((ROOT / f"results/cost-{name}.json").read_text())["tables"]
+
+
+def test_the_costs_told_are_those_that_were_measured():
+    networks, training, inference = measured("networks").values()
+    for arch, n in networks.items():
+        paper = profile_gpu.PAPER[arch]
+        asked, more = inference[f"{arch}, 2 threads"], n["auxiliary M"]
+        cells = [
+            f"{arch} at {n['size']}", f"{n['depth']} ({paper['depth']})",
+            f"{n['parameters M']:.2f}{f' + {more:.2f}' if more else ''} ({paper['parameters M']:.2f})",
+            f"{n['multiply-adds M']:,.0f} ({paper['multiply-adds M']:,})", f"{n['MB']:.0f}",
+            f"{training[arch]['films/s']:.1f}", f"{asked['median ms']:.0f} ({asked['exported ms']:.0f})",
+            f"{asked['films/s']:.1f}",
+        ]  # fmt: skip
+        assert "| " + " | ".join(cells) + " |" in README, cells
+    pairs = [measured(name)["a step"] for name in ("inception_v3-alexnet", "resnet34-resnet18-128")]
+    for row, told in (("b baseline", "labels alone (baseline)"),
+                      ("c teacher's table", "distilled, from the teacher's table"),
+                      ("d teacher asked live", "distilled, the teacher asked at every step"),
+                      ("e head on features", "the head alone, from a table of features")):  # fmt: skip
+        cells = [told, *(f"{steps[row]['ratio to a']:.3f}" for steps in pairs)]
+        assert "| " + " | ".join(cells) + " |" in README, cells
+    ready = measured("loading")["films ready"].values()
+    alone, decoding, cold, warm = (f"{row['seconds']:.2f} s" for row in ready)
+    words = re.sub(r"\s+", " ", README)
+    assert f"decoded in {decoding}" in words and f"takes {alone}; a first start takes {cold}" in words
+    assert f"every later one {warm}" in words
+
+
 def test_the_bars_of_the_figure_are_as_high_as_the_softened_answers():
     shapes = ElementTree.parse(ROOT / "figures/distillation.svg").iter()
     bars = {shape.get("id"): float(shape.get("height")) for shape in shapes if shape.get("id", "")[:1] == "T"}

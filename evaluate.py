@@ -79,11 +79,11 @@ def calibration_error(confidence, correct, weights):
 
 
 def against_rest(logits, labels, threshold=0.5):
-    """scores, truth and calls, (N, K): K = 1 for two classes, else a column a class."""
+    """scores, truth and calls (0 or 1), each (N, K): K = 1 for two classes, else a column a class."""
     scores, n = logits.double().softmax(1), logits.shape[1]
     truth = F.one_hot(labels, n)
     if n == 2:
-        return scores[:, 1:], truth[:, 1:], scores[:, 1:] > threshold
+        return scores[:, 1:], truth[:, 1:], (scores[:, 1:] > threshold).long()
     return scores, truth, F.one_hot(scores.argmax(1), n)
 
 
@@ -138,7 +138,7 @@ def metrics(logits, labels, classes, threshold=0.5):
         each = [metrics(z, truth, ["no", "yes"], threshold) for z, truth, _ in each_finding(logits, labels)]
         return {name: [one[name] for one in each] for name in each[0]}
     values, n = measure(logits, labels, torch.ones(1, len(labels)), threshold), len(classes)
-    calls = against_rest(logits, labels, threshold)[2].long()
+    calls = against_rest(logits, labels, threshold)[2]
     called = calls[:, 0] if n == 2 else calls.argmax(1)
     table = (labels * n + called).bincount(minlength=n**2).view(n, n)  # rows the truth, columns the call
     return {**{name: value.item() for name, value in values.items()}, "confusion": table.tolist()}

@@ -38,4 +38,8 @@ def test_the_scripts_are_as_long_as_the_readme_says_and_grow_no_longer():
     assert set(lines) <= {f"{name}.py" for name in MAY_IMPORT}
     told = re.findall(r"\[(\w+\.py)\]\(\w+\.py\) \((\d+)", (ROOT / "README.md").read_text())
     assert len(told) == 6 and all(abs(lines[name] - int(n)) <= 10 for name, n in told), lines
+    loop = next(node for node in ast.parse((ROOT / "train.py").read_text()).body
+                if getattr(node, "name", "") == "train_one_epoch")  # fmt: skip
+    both = int(re.search(r"`train_one_epoch`: (\d+) lines", (ROOT / "README.md").read_text()).group(1))
+    assert abs(lines["kd.py"] + loop.end_lineno - loop.lineno + 1 - both) <= 10
     assert sum(lines.values()) <= 2770 and max(lines.values()) <= 740, lines

@@ -235,13 +235,15 @@ def raw_cam(model, images, target, layer=None):
     was_training = model.training
     model.eval()
     layer = layer or last_maps(model, images)
-    with torch.inference_mode(False), torch.enable_grad(), layer.register_forward_hook(keep):
-        # Frozen weights have no gradient: it starts at the film. Nothing is added to any .grad.
-        logits, _ = forward(model, images.detach().clone().requires_grad_(True))
-        target = torch.as_tensor(target, device=logits.device).expand(len(logits))
-        score = logits.gather(1, target[:, None]).sum()
-        maps, gradient = caught[0].detach(), torch.autograd.grad(score, caught[0])[0]
-    model.train(was_training)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), layer.register_forward_hook(keep):
+            # Frozen weights have no gradient: it starts at the film. Nothing is added to any .grad.
+            logits, _ = forward(model, images.detach().clone().requires_grad_(True))
+            target = torch.as_tensor(target, device=logits.device).expand(len(logits))
+            score = logits.gather(1, target[:, None]).sum()
+            maps, gradient = caught[0].detach(), torch.autograd.grad(score, caught[0])[0]
+    finally:
+        model.train(was_training)
     if maps.dim() == 3:  # a ViT's tokens: one for the class, then the patches row by row
         side = math.isqrt(maps.shape[1] - 1)
         maps, gradient = (t[:, 1:].mT.unflatten(2, (side, side)) for t in (maps, gradient))
@@ -516,7 +518,8 @@ def cell(figures, unit=100, digits=1):
 
 def pooled(same, threshold, name):
     """The cell of runs that share a row."""
-    return cell([record["samples"][threshold][name] for record in same], *((1, 3) if name == "loss" else ()))
+    unit, digits = (1, 3) if name == "loss" else (100, 1)
+    return cell([record["samples"][threshold][name] for record in same], unit, digits)
 
 
 def mean(value):
@@ -595,7 +598,7 @@ def findings(groups, data):
 
 
 def stopped_at(facts):
-    """", stopped at 0.5" for a defective teacher, "" for one that was trained to the end."""
+    """", stopped at 0.5" for a defective teacher, "" for one that was not stopped."""
     stop_at = facts["args"]["stop_at"]
     return f", stopped at {stop_at:g}" if stop_at and mean(facts["validation"]["accuracy"]) > stop_at else ""
 

@@ -57,7 +57,7 @@ def bare_network(arch, aux):
     """The network as its authors made it: 1000 outputs, random weights.
 
     Inception and GoogLeNet have an initialisation of their own (init_weights=True); it takes seconds, and
-    from scratch they were far behind torch's at the same learning rate.
+    they learned far more slowly with it than with torch's, at the same learning rate.
     """
     if arch not in architectures():
         raise UserError(f"--arch needs one of {', '.join(architectures())}; got {arch}")

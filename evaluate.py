@@ -1,55 +1,54 @@
-"""Judge trained runs on the test films: the only place where the test split is opened.
+"""Judge trained runs on the test images: the only place where the test split is opened.
 
     python evaluate.py runs/demo/teacher runs/demo/baseline runs/demo/student-T1
-    python evaluate.py runs/demo/* --json results/demo.json       and kept: the tables, every figure
-    python evaluate.py results/demo.json                          what was kept, printed again
-    python evaluate.py runs/demo/student-T1 --export student.pt2  one run, to be used without this code
+    python evaluate.py runs/demo/* --json results/demo.json     and kept: the tables, every figure
+    python evaluate.py runs/demo/* --report                     more columns, a report by class
 
-One table, a row a run (runs that differ only in their seed share a row: mean and standard deviation),
-every figure with a 95 % interval from a bootstrap over patients; then what distillation changed, and a
-report per run. Everything also goes into metrics.json inside each run's folder.
+One table, a row a run; runs that differ only in their seed share one, mean and standard deviation.
+Every figure has a 95 % interval; below stands what distillation changed. All of it also goes into
+metrics.json in each run's folder.
 
-Class 1 is the positive one: sensitivity is the share of pneumonias found, specificity the share of
-normals left alone. With more classes each is taken against the rest, and the macro mean shown.
+Class 1 is the positive one: sensitivity is the share of its images that are found, specificity the
+share of the others left alone. With more classes each is taken against the rest, then averaged.
 """
 
-import io
+import argparse
 import json
 import math
 import re
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch.nn.modules.module import register_module_forward_hook
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from data import UserError, decode, device_flag, load_as, origin, parser, prepare, run, write, write_picture
+from data import (Help, UserError, atomic, decode, explain, load_as, markdown, origin, prepare, run,
+                  usable_device, write_picture)
 from kd import mean_teacher
-from models import checkpoint_file, cost, exported, file_hash, forward, load_checkpoint
+from models import as_read, cost, forward, load_checkpoint, run_file
 
-NAMES = ["accuracy", "specificity", "sensitivity", "precision", "f1", "auc", "ece", "loss"]  # columns
-SEVERAL = ["auc", "ap", "specificity", "sensitivity", "f1", "ece", "loss"]  # with several findings a film
-DIFFERENCES = ["accuracy", "specificity", "sensitivity", "auc", "ece"]  # student minus baseline
+COLUMNS = ["accuracy", "specificity", "sensitivity", "auc", "ece"]
+MORE = ["precision", "f1", "loss"]  # with --report
 BINS = 15  # of the calibration error
 REPEATS = 1000  # of the bootstrap
 
 
-# ---- metrics: all of them from weighted counts ------------------------------------------------------
+# ---- metrics: all of them from weighted counts ---------------------------------------------------
 
 
 @torch.inference_mode()
-def predict(model, view, n, batch_size=64):
-    """Logits (n, C) of all n films, in order; view(index) is what the model reads."""
+def predict(model, table, device, batch_size=64):
+    """Logits (N, C) for every row of a table: images, or features where only the end is a model."""
     model.eval()
-    parts = [forward(model, view(index))[0].float().cpu() for index in torch.arange(n).split(batch_size)]
+    parts = [forward(model, prepare(table[rows.to(table.device)], device))[0].float().cpu()
+             for rows in torch.arange(len(table)).split(batch_size)]
     return torch.cat(parts)
 
 
 def auc(scores, truth, weights):
-    """Weighted area under the ROC curve (R,): the chance that a positive outscores a negative.
+    """Weighted area under the ROC curve (R,): how often a positive outscores a negative.
 
     scores (N,), truth (N,) in {0, 1}, weights (R, N): one row a bootstrap sample. Ties count half.
     """
@@ -61,151 +60,142 @@ def auc(scores, truth, weights):
     return (positives * (below + negatives / 2)).sum(1) / (positives.sum(1) * negatives.sum(1))
 
 
-def average_precision(scores, truth, weights):
-    """Weighted mean (R,) of the precision at each positive, from the highest score down; ties share one."""
-    values, place = scores.unique(return_inverse=True)
-    at = weights.new_zeros(len(weights), len(values))
-    called = at.index_add(1, place, weights).flip(1).cumsum(1)
-    positives = at.index_add(1, place, weights * (truth == 1)).flip(1)
-    precision = positives.cumsum(1) / called.clamp(min=1e-12)
-    return (precision * positives).sum(1) / positives.sum(1)
-
-
 def calibration_error(confidence, correct, weights):
     """Expected calibration error (R,): |stated minus true share of right answers|, over 15 bins."""
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
-    gap = weights.new_zeros(len(weights), BINS).index_add(1, bins, weights * (confidence - correct.double()))
-    return gap.abs().sum(1) / weights.sum(1)
+    gaps = weights * (confidence - correct.double())
+    sums = weights.new_zeros(len(weights), BINS).index_add(1, bins, gaps)
+    return sums.abs().sum(1) / weights.sum(1)
 
 
-def against_rest(logits, labels, threshold=0.5):
-    """scores, truth and calls (0 or 1), each (N, K): K = 1 for two classes, else a column a class."""
-    scores, n = logits.double().softmax(1), logits.shape[1]
-    truth = F.one_hot(labels, n)
-    if n == 2:
-        return scores[:, 1:], truth[:, 1:], (scores[:, 1:] > threshold).long()
-    return scores, truth, F.one_hot(scores.argmax(1), n)
+def against_rest(logits, labels):
+    """scores, truth and calls (0 or 1), each (N, K): K = 1 for two classes, else one a class.
+
+    A score is the log-odds of a class, which ranks images as its probability does, but does not
+    round to 1 where the network is very sure.
+    """
+    n = logits.shape[1]
+    others = logits[:, None].repeat(1, n, 1).masked_fill(torch.eye(n, dtype=torch.bool), -math.inf)
+    scores = logits - others.logsumexp(2)
+    truth, calls = F.one_hot(labels, n), F.one_hot(logits.argmax(1), n)
+    return (t[:, 1:] if n == 2 else t for t in (scores, truth, calls))
 
 
 def each_finding(logits, labels):
-    """Every finding by itself, over the films where it is known: sigmoid(z) is the softmax of (0, z)."""
+    """Every finding by itself, as two classes: sigmoid(z) is the second of softmax((0, z)).
+
+    Yields logits (n, 2), labels (n,) and where the label is known (N,).
+    """
     for z, truth in zip(logits.T, labels.T, strict=True):
         known = ~truth.isnan()
         yield F.pad(z[known, None], (1, 0)), truth[known].long(), known
 
 
-def measure(logits, labels, weights, threshold=0.5):
-    """The metrics for R weightings of the films, weights (R, N): a dict of tensors (R,), or (R, K) where a
-    film may have several findings, labels (N, K).
+def measure(logits, labels, weights):
+    """The metrics for R weightings of the images, weights (R, N): a dict of tensors (R,), or (R, K)
+    where an image may have several findings, labels (N, K).
 
-    All ones gives the point estimates, bootstrap multiplicities their spread: one code for both.
+    All ones give the figure itself, bootstrap multiplicities its spread: one code for both.
     """
     if labels.dim() == 2:
-        each = [measure(z, truth, weights[:, known], threshold)
+        each = [measure(z, truth, weights[:, known])
                 for z, truth, known in each_finding(logits, labels)]
         return {name: torch.stack([one[name] for one in each], 1) for name in each[0]}
     logits, weights = logits.double(), weights.double()
-    scores, truth, calls = against_rest(logits, labels, threshold)
-    tp, fp, fn, tn = (
-        weights @ ((calls == called) & (truth == is_true)).double()  # (R, K)
-        for called, is_true in ((1, 1), (1, 0), (0, 1), (0, 0))
-    )
-    out = {
+    scores, truth, calls = against_rest(logits, labels)
+    tp = weights @ ((calls == 1) & (truth == 1)).double()  # (R, K)
+    fp = weights @ ((calls == 1) & (truth == 0)).double()
+    fn = weights @ ((calls == 0) & (truth == 1)).double()
+    tn = weights @ ((calls == 0) & (truth == 0)).double()
+    by_class = {
         "specificity": tn / (tn + fp),
         "sensitivity": tp / (tp + fn),
         "precision": tp / (tp + fp).clamp(min=1e-12),  # nothing called positive: 0, as is customary
         "f1": (2 * tp / (2 * tp + fp + fn)).where(tp + fn > 0, torch.nan),
-        "auc": torch.stack([auc(*column, weights) for column in zip(scores.T, truth.T, strict=True)], 1),
-        "ap": torch.stack([average_precision(*column, weights)
-                           for column in zip(scores.T, truth.T, strict=True)], 1),
+        "auc": torch.stack([auc(scores[:, k], truth[:, k], weights)
+                            for k in range(scores.shape[1])], 1),
     }
     confidence, called = logits.softmax(1).max(1)
-    losses, n = F.cross_entropy(logits, labels, reduction="none"), weights.sum(1)
+    total = weights.sum(1)
     return {
-        "accuracy": weights @ (calls == truth).all(1).double() / n,
-        **{name: value.mean(1) for name, value in out.items()},
+        "accuracy": weights @ (called == labels).double() / total,
+        **{name: value.mean(1) for name, value in by_class.items()},
         "ece": calibration_error(confidence, called == labels, weights),
-        "loss": weights @ losses / n,
+        "loss": weights @ F.cross_entropy(logits, labels, reduction="none") / total,
     }
 
 
-def metrics(logits, labels, classes, threshold=0.5):
-    """All figures as plain floats and lists: class 1 is positive, macro means where there are more than
-    two classes, one value per finding where a film may have several."""
+def metrics(logits, labels, classes):
+    """All figures as plain floats and lists: class 1 is positive, macro means where there are more
+    than two classes, one value per finding where an image may have several."""
     if not logits.isfinite().all():
-        raise UserError("finite logits needed to judge a network, found NaN or infinity: training diverged")
+        raise UserError("the network's answers are NaN or infinite: its training diverged")
     if labels.dim() == 2:
-        each = [metrics(z, truth, ["no", "yes"], threshold) for z, truth, _ in each_finding(logits, labels)]
+        each = [metrics(z, truth, ["no", "yes"]) for z, truth, _ in each_finding(logits, labels)]
         return {name: [one[name] for one in each] for name in each[0]}
-    values, n = measure(logits, labels, torch.ones(1, len(labels)), threshold), len(classes)
-    calls = against_rest(logits, labels, threshold)[2]
-    called = calls[:, 0] if n == 2 else calls.argmax(1)
-    table = (labels * n + called).bincount(minlength=n**2).view(n, n)  # rows the truth, columns the call
-    return {**{name: value.item() for name, value in values.items()}, "confusion": table.tolist()}
+    values, n = measure(logits, labels, torch.ones(1, len(labels))), len(classes)
+    pairs = (labels * n + logits.argmax(1)).bincount(minlength=n**2)
+    return {**{name: value.item() for name, value in values.items()},
+            "confusion": pairs.view(n, n).tolist()}  # rows the truth, columns the call
 
 
-def report(table, classes):
-    """Precision, recall, F1 and support per class from a confusion matrix, as scikit-learn prints them."""
-    table = torch.tensor(table, dtype=torch.float64)
-    right, support, called = table.diag(), table.sum(1), table.sum(0)
-    rows = torch.stack([right / called.clamp(min=1), right / support.clamp(min=1),
-                        2 * right / (support + called).clamp(min=1)], dim=1)  # (C, 3)
-    n, width = int(support.sum()), max(len("weighted avg"), *(len(name) for name in classes))
-    averages = {"macro avg": rows.mean(0), "weighted avg": (rows * support[:, None]).sum(0) / n}
-
-    def line(name, values, count):
-        return f"{name:>{width}} " + "".join(f"{v:>10.2f}" for v in values) + f"{count:>10}\n"
-
-    titles = ("precision", "recall", "f1-score", "support")
-    text = " " * width + " " + "".join(f"{title:>10}" for title in titles) + "\n\n"
-    for name, values, count in zip(classes, rows.tolist(), support.long().tolist(), strict=True):
-        text += line(name, values, count)
-    text += f"\n{'accuracy':>{width}} {'':>20}{right.sum() / n:>10.2f}{n:>10}\n"
-    return text + "".join(line(name, values.tolist(), n) for name, values in averages.items())
+def report(confusion, classes):
+    """Precision, recall, F1 and support of each class, their means, and the confusion matrix."""
+    counts = torch.tensor(confusion, dtype=torch.float64)  # rows the truth, columns the call
+    right, support, called = counts.diag(), counts.sum(1), counts.sum(0)
+    values = torch.stack([right / called.clamp(min=1), right / support.clamp(min=1),
+                          2 * right / (support + called).clamp(min=1)], dim=1)  # (C, 3)
+    rows = [[name, *(f"{v:.2f}" for v in values[k]), f"{support[k]:.0f}",
+             *(f"{n:.0f}" for n in counts[k])] for k, name in enumerate(classes)]
+    weighted = (values * support[:, None]).sum(0) / support.sum()
+    for name, means in (("macro avg", values.mean(0)), ("weighted avg", weighted)):
+        rows.append([name, *(f"{v:.2f}" for v in means), f"{support.sum():.0f}",
+                     *("" for _ in classes)])
+    return markdown(["", "precision", "recall", "f1-score", "support",
+                     *(f"called {name}" for name in classes)], rows)
 
 
 def bootstrap_weights(groups, repeats=REPEATS, seed=0):
-    """(1 + repeats, N): first all films once, for the figure itself; then how often each film is in each
-    sample, when patients are drawn with replacement.
+    """(1 + repeats, N): first all images once, for the figure itself; then how often each image is
+    in each sample, when patients are drawn with replacement.
 
-    Films of one child are no independent evidence, so children are drawn, with all their films.
+    A patient's images are correlated, so patients are drawn, with all their images.
     """
     place = {group: i for i, group in enumerate(sorted(set(groups)))}
     member = torch.tensor([place[group] for group in groups])
-    draws = torch.randint(len(place), (repeats, len(place)), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(place), (repeats, len(place)), generator=generator)
     drawn = torch.zeros(repeats, len(place), dtype=torch.float64)
     drawn.scatter_add_(1, draws, torch.ones_like(drawn))
     return torch.cat([torch.ones_like(drawn[:1]), drawn])[:, member]
 
 
-def interval(samples):
-    """The middle 95 % of the bootstrap samples (R, ...); samples without both classes count for nothing."""
-    return torch.nanquantile(samples.double(), torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+def over_seeds(runs):
+    """(1 + R,): the mean over runs (S, 1 + R) that differ in their seed, and its bootstrap samples.
 
-
-def youden_threshold(logits, labels):
-    """The threshold with the largest sensitivity + specificity on these films (validation, never test).
-
-    It lies midway between two scores; of equally good ones the closest to 0.5 is taken.
+    In each sample the seeds too are drawn with replacement: another five seeds would have given
+    another mean. With fewer than five seeds even this is too narrow.
     """
-    scores = logits.double().softmax(1)[:, 1]
-    values = scores.unique()
-    cuts = torch.cat([(values[1:] + values[:-1]) / 2, torch.tensor([0.5], dtype=torch.float64)])
-    classes = [scores[labels == k].sort().values for k in (0, 1)]
-    spared, missed = (torch.searchsorted(s, cuts, right=True).double() / len(s) for s in classes)
-    gain = spared - missed  # specificity - (1 - sensitivity)
-    best = cuts[gain > gain.max() - 1e-9]
-    return float(best[(best - 0.5).abs().argmin()])
+    seeds, samples = len(runs), runs.shape[1] - 1
+    generator = torch.Generator().manual_seed(1)
+    draws = torch.randint(seeds, (seeds, samples), generator=generator)
+    return torch.cat([runs[:, :1].mean(0), runs[:, 1:].gather(0, draws).mean(0)])
 
 
-# ---- Grad-CAM: where a network looked ----------------------------------------------------------------
+def interval(samples):
+    """The middle 95 % of the bootstrap samples (R, ...), leaving out those of one class."""
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return torch.nanquantile(samples.double(), ends, dim=0)
+
+
+# ---- Grad-CAM: where a network looked ------------------------------------------------------------
 
 
 def last_maps(model, images):
-    """The last layer whose output still has a place for every part of the film, pooling left aside.
+    """The last layer whose output still has a place for every part of the image, pooling aside.
 
-    In a ViT what follows the last attention reaches only the class token, so the layer before that is
-    taken; a Swin folds its tokens back into maps by itself.
+    In a ViT what follows the last attention reaches only the class token, so the layer before that
+    is taken; a Swin folds its tokens back into maps by itself.
     """
     if isinstance(model, torchvision.models.VisionTransformer):
         return model.encoder.layers[-1].ln_1
@@ -218,102 +208,77 @@ def last_maps(model, images):
     aside = re.compile("Pool|Drop|Identity|Sequential")  # a Sequential is as good as its last layer
     with torch.no_grad(), register_module_forward_hook(note):
         model(images[:1])
-    order = [layer for layer in order if layer is not model and not aside.search(type(layer).__name__)]
+    order = [layer for layer in order
+             if layer is not model and not aside.search(type(layer).__name__)]
     if not order:
-        raise UserError("maps needed for Grad-CAM, found none in this network: name a layer")
+        raise UserError("Grad-CAM needs maps, and no layer of this network has any: name a layer")
     return order[-1]
-
-
-def raw_cam(model, images, target, layer=None):
-    """sum_k a_k A_k (N, h, w): maps A of a layer, each weighed by the mean gradient of the target's logit."""
-    caught = []
-
-    def keep(module, inputs, out):
-        caught.append(out)
-        return out.clone()  # an in-place ReLU that follows changes the copy, not what was kept
-
-    was_training = model.training
-    model.eval()
-    layer = layer or last_maps(model, images)
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), layer.register_forward_hook(keep):
-            # Frozen weights have no gradient: it starts at the film. Nothing is added to any .grad.
-            logits, _ = forward(model, images.detach().clone().requires_grad_(True))
-            target = torch.as_tensor(target, device=logits.device).expand(len(logits))
-            score = logits.gather(1, target[:, None]).sum()
-            maps, gradient = caught[0].detach(), torch.autograd.grad(score, caught[0])[0]
-    finally:
-        model.train(was_training)
-    if maps.dim() == 3:  # a ViT's tokens: one for the class, then the patches row by row
-        side = math.isqrt(maps.shape[1] - 1)
-        maps, gradient = (t[:, 1:].mT.unflatten(2, (side, side)) for t in (maps, gradient))
-    return (gradient.mean((2, 3), keepdim=True) * maps).sum(1)
 
 
 def grad_cam(model, images, target, layer=None):
     """Grad-CAM (Selvaraju et al. 2017): heat (N, H, W) in [0, 1] over what speaks for the target.
 
-    images (N, 3, H, W) as the model reads them; target: a class, or one a film (N,). Where nothing speaks
-    for it, the heat is 0 everywhere.
+        heat = ReLU(sum_k a_k A_k),  a_k: mean gradient of the target's logit over the map A_k
+
+    images (N, 3, H, W) as the model reads them; target: a class, or one for each image (N,). Where
+    nothing speaks for the target, the heat is 0 everywhere.
     """
-    heat = raw_cam(model, images, target, layer).clamp(min=0)[:, None]
-    heat = resized(heat, images.shape[-2:])[:, 0]
+    caught = []
+
+    def keep(module, inputs, out):
+        caught.append(out)
+        return out.clone()  # a ReLU that follows in place changes the copy, not what was kept
+
+    was_training = model.training
+    model.eval()
+    hooked = layer or last_maps(model, images)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), hooked.register_forward_hook(keep):
+            # Frozen weights have no gradient, so it starts at the image.
+            images = images.detach().clone().requires_grad_(True)
+            if isinstance(model, torchvision.models.DenseNet) and layer is None:
+                maps = F.relu(model.features(as_read(model, images)))  # this ReLU is not a layer
+                logits = model.classifier(maps.mean((2, 3)))
+            else:
+                logits, _ = forward(model, images)
+                maps = caught[0]
+            target = torch.as_tensor(target, device=logits.device).expand(len(logits))
+            score = logits.gather(1, target[:, None]).sum()
+            maps, gradient = maps.detach(), torch.autograd.grad(score, maps)[0]
+    finally:
+        model.train(was_training)
+    if maps.dim() == 3:  # a ViT's tokens: one for the class, then the patches row by row
+        side = math.isqrt(maps.shape[1] - 1)
+        maps, gradient = (t[:, 1:].mT.unflatten(2, (side, side)) for t in (maps, gradient))
+    heat = (gradient.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).clamp(min=0)
+    heat = F.interpolate(heat, images.shape[-2:], mode="bilinear")[:, 0]  # (N, H, W)
     return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 
-def resized(images, size):
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+def draw_cams(path, runs, titles, device, side=224):
+    """A PNG with a row an image: the image, then for each run its heat, and what it says.
 
-
-# ---- pictures of it ---------------------------------------------------------------------------------
-
-
-def pointing(records, device):
-    """The pointing game: how often the hottest point of a Grad-CAM lies on an opacity, where there is one."""
-    test, target = records[0]["data"].test, 0 if records[0]["data"].multilabel else 1
-    chosen = test.masks.flatten(1).any(1).nonzero()[:, 0]
-    weights = bootstrap_weights([test.groups[i] for i in chosen])
-    chance = test.masks[chosen].flatten(1).sum(1) / test.lungs[chosen].flatten(1).sum(1)
-    hits = {"a random point in the lungs": [chance]}
-    for same in variants(records):
-        shape = raw_cam(same[0]["model"], prepare(same[0]["data"].test.images[:1], device), target).shape[1:]
-        name = f"{row_name(same)}, maps of {shape[0]} x {shape[1]}"
-        hits[name] = [hottest(record, chosen, target, device) for record in same]
-    rows = [[name, cell([weights @ hit.double() / weights.sum(1) for hit in same])]
-            for name, same in hits.items()]
-    return markdown([f"hottest point on an opacity, {len(chosen)} films", "%"], rows)
-
-
-def hottest(record, chosen, target, device):
-    """True for each chosen film whose heat is greatest inside the mask."""
-    test, hits = record["data"].test, []
-    for index in chosen.split(64):
-        heat = grad_cam(record["model"], prepare(test.images[index], device), target).flatten(1).cpu()
-        hits.append(test.masks[index].flatten(1).gather(1, heat.argmax(1, keepdim=True))[:, 0])
-    return torch.cat(hits)
-
-
-def draw_cams(path, runs, titles, targets, device, side=224):
-    """A PNG with a row a film: the film, then for each run its heat, and how probable it finds the target.
-
-    runs: name, network, the films at its size and the probabilities that it gives them.
+    runs: of each its name, its network, the images at its size, (N,) the classes whose heat is
+    drawn, and (N,) texts.
     """
-    grey = resized(runs[0][2].float(), (side, side)).expand(-1, 3, -1, -1)
+    grey = F.interpolate(runs[0][2].float(), (side, side), mode="bilinear").expand(-1, 3, -1, -1)
     columns = [[caption(tile, title) for tile, title in zip(grey, titles, strict=True)]]
     red = torch.tensor([255.0, 60, 0]).view(1, 3, 1, 1)
-    for name, model, films, says in runs:
-        heat = grad_cam(model, prepare(films, device), targets)[:, None].cpu()
-        warm = grey + 0.6 * resized(heat, (side, side)) * (red - grey)  # no heat leaves the film as it is
-        texts = [f"{name} {100 * p:.0f} %" for p in says.gather(1, targets[:, None])[:, 0]]
-        columns.append([caption(tile, text) for tile, text in zip(warm, texts, strict=True)])
+    for name, model, images, targets, texts in runs:
+        heat = grad_cam(model, prepare(images, device), targets.to(device))[:, None].cpu()
+        heat = F.interpolate(heat, (side, side), mode="bilinear")
+        warm = grey + 0.6 * heat * (red - grey)  # no heat leaves the image as it is
+        columns.append([caption(tile, f"{name} {text}")
+                        for tile, text in zip(warm, texts, strict=True)])
     tiles = [tile for row in zip(*columns, strict=True) for tile in row]
     write_picture(path, make_grid(tiles, nrow=len(columns), padding=3))
-    print(f"Grad-CAM of {len(targets)} films: {path}")
+    print(f"Grad-CAM of {len(titles)} images: {path}")
 
 
 def caption(tile, text):
     side = tile.shape[-1] - 1
-    return draw_bounding_boxes(tile.byte(), torch.tensor([[0, 0, side, side]]), [text], colors="white")
+    box = torch.tensor([[0, 0, side, side]])
+    return draw_bounding_boxes(tile.byte(), box, [text], colors="white")
 
 
 def probabilities(logits, multilabel):
@@ -321,267 +286,239 @@ def probabilities(logits, multilabel):
 
 
 def show_cams(path, records, device, n=6):
-    """Test films with a finding, the largest first where its extent is known and else the surest of the first
-    run; the last two are films that some run calls wrongly."""
+    """Grad-CAM of n test images that show something, those first of which the first run is surest;
+    the last two are images that some run calls wrongly."""
     data = records[0]["data"]
     labels, says = data.test.labels, [probabilities(r["test"], data.multilabel) for r in records]
     if data.multilabel:
-        ill, targets = (labels == 1).any(1), (labels == 1).int().argmax(1)
+        shows, targets = (labels == 1).any(1), (labels == 1).int().argmax(1)
         wrong = [(((p > 0.5) != (labels == 1)) & ~labels.isnan()).any(1) for p in says]
     else:
-        ill, targets = labels >= int(data.classes[0] == "NORMAL"), labels
+        shows, targets = labels >= int(data.classes[0].upper() == "NORMAL"), labels
         wrong = [p.argmax(1) != labels for p in says]
-    extent = says[0].gather(1, targets[:, None])[:, 0]
-    if hasattr(data.test, "masks"):
-        extent = data.test.masks.flatten(1).sum(1).float()
-    order = extent.masked_fill(~ill, -1).argsort(descending=True).tolist()
+    surest = says[0].gather(1, targets[:, None])[:, 0]
+    order = surest.masked_fill(~shows, -1).argsort(descending=True).tolist()
     missed = [i for i in order if torch.stack(wrong).any(0)[i]][:2]
     chosen = [i for i in order if i not in missed][: n - len(missed)] + missed
-    titles = [data.classes[targets[i]] if ill[i] or not data.multilabel else "nothing found" for i in chosen]
-    titles = [t + (", called wrongly" if i in missed else "") for t, i in zip(titles, chosen, strict=True)]
-    runs = [(r["name"], r["model"], r["data"].test.images[chosen], p[chosen])
-            for r, p in zip(records, says, strict=True)]
-    draw_cams(path, runs, titles, targets[chosen], device)
+    titles = [data.classes[targets[i]] if shows[i] or not data.multilabel else "nothing found"
+              for i in chosen]
+    titles = [title + ", called wrongly" * (i in missed)
+              for title, i in zip(titles, chosen, strict=True)]
+    runs = []
+    for r, p in zip(records, says, strict=True):
+        shares = p[chosen].gather(1, targets[chosen, None])[:, 0]
+        texts = [f"{100 * share:.0f} %" for share in shares]
+        runs.append((r["name"], load_checkpoint(r["folder"])[0].to(device),
+                     r["data"].test.images[chosen], targets[chosen], texts))
+    draw_cams(path, runs, titles, device)
 
 
-def read_film(path, folders, cam, device):
-    """What every run says of one film that no data set holds, and where it looked for its answer."""
-    runs, answers = [], set()
+def read_image(path, folders, cam, device):
+    """What every run says of one image that no data set holds, and where it looked."""
+    runs = []
     for folder in folders:
         model, facts = load_checkpoint(folder)
         model.to(device, memory_format=torch.channels_last)
-        try:
-            film = decode(path, facts["size"])[None]
-        except RuntimeError as error:
-            why = str(error).splitlines()[0]
-            raise UserError(f"a JPEG or PNG needed in {path}, found none ({why}): give another") from None
-        logits = predict(model, lambda index, film=film: prepare(film, device), 1)
-        says, name = probabilities(logits, facts["multilabel"]), checkpoint_file(folder).parent.name
-        text = ", ".join(f"{k} {100 * p:.1f} %" for k, p in zip(facts["classes"], says[0], strict=True))
-        print(f"{name}: {text}")
-        runs.append((name, model, film, says))
-        answers.add(tuple(facts["classes"]))
-    if cam and len(answers) > 1:
-        raise UserError("one picture needs runs of the same classes, these have others: draw them one by one")
+        with explain(f"{path} is not a readable JPEG or PNG"):
+            image = decode(path, facts["size"])[None]
+        says = probabilities(predict(model, image, device), facts["multilabel"])
+        name = run_file(folder).parent.name
+        pairs = zip(facts["classes"], says[0], strict=True)
+        print(f"{name}: " + ", ".join(f"{k} {100 * p:.1f} %" for k, p in pairs))
+        call = says.argmax(1)  # each run's own call, and the heat that speaks for it
+        text = f"{facts['classes'][call]} {100 * says[0, call].item():.0f} %"
+        runs.append((name, model, image, call, [text]))
     if cam:
-        target = says.argmax(1)
-        draw_cams(cam, runs, [facts["classes"][target]], target, device)
+        draw_cams(cam, runs, [Path(path).name], device)
 
 
-# ---- runs -------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 def refuse_foreign(path, facts, data):
-    """A network judges, and is judged by, classes that it knows and patients that it has not learned from."""
+    """A network must know the classes, and must not have learned from the patients it judges."""
+    refuse_leak(path, facts["seen_groups"], data)
     if facts["classes"] != data.classes:
-        raise UserError(f"{path} was trained on classes {facts['classes']}, the same classes are needed in "
-                        f"{data.source}, found {data.classes}: give the films it was trained for with --data")
-    patients = {*data.val.groups, *(data.test.groups if hasattr(data, "test") else ())}
-    if seen := set(facts["train_groups"]) & patients:
-        raise UserError(f"{path} was trained on {len(seen)} of the patients that it or its student is to be "
-                        f"judged by in {data.source} ({min(seen)} for one): give other films, or the --data "
-                        f"and --val-fraction that it was trained with")
+        raise UserError(f"{path} was trained on the classes {facts['classes']}, {data.source} has "
+                        f"{data.classes}. Give the images it was trained for with --data")
 
 
-def read(folder, device, source, known, keep=False):
-    """A run as a record: its facts, its logits for the validation and test films (asked once), and, to
-    keep it for pictures, the network."""
-    key = str(folder)
-    if key in known:
-        return known[key]
+def refuse_leak(path, groups, data):
+    """groups: the patients that a network, its teachers and its first weights have learned from."""
+    if seen := set(groups) & {*data.val.groups, *data.test_groups}:
+        raise UserError(f"{path} has learned from {len(seen)} of the patients that it or its "
+                        f"student is to be judged by in {data.source}, such as {min(seen)}. Give "
+                        f"other images, or the --data and --val-fraction of its training")
+
+
+def judge(folder, device, source, cache, loaded):
+    """A run as a record: its facts, logits, figures, and their bootstrap samples. loaded: the data
+    sets at hand, so that runs of one size share one."""
     model, facts = load_checkpoint(folder)
-    args = facts["args"]
-    source, same = source or args["data"], ("per_class", "classes", "val_fraction", "uncertain")
-    films = (facts["size"], source, *(args[flag] for flag in same))
-    if films not in known:
-        known[films] = load_as(args, facts["size"], ("val", "test"), source)
-    data = known[films]
-    model.to(device, memory_format=torch.channels_last)
-
-    def ask(split):
-        return predict(model, lambda index: prepare(split.images[index], device), len(split.labels))
-
-    folder = checkpoint_file(folder).parent
-    known[key] = {"name": folder.name, "folder": folder, "facts": facts, "args": args, "data": data,
-                  "val": ask(data.val), "test": ask(data.test), "cost": cost(model, facts["size"]),
-                  "model": model if keep else None}
-    return known[key]
-
-
-def judge(record):
-    """All figures at 0.5 and at validation's threshold, with intervals and the bootstrap samples behind."""
-    data, logits = record["data"], record["test"]
-    thresholds = {"0.5": 0.5}
-    if len(data.classes) == 2 and not data.multilabel:
-        thresholds["validation"] = youden_threshold(record["val"], data.val.labels)
-    weights = bootstrap_weights(data.test.groups)  # the same samples for every run: differences are paired
-    record |= {"validation": metrics(record["val"], data.val.labels, data.classes), "at": {}, "samples": {}}
-    for name, threshold in thresholds.items():
-        record["samples"][name] = samples = measure(logits, data.test.labels, weights, threshold)
-        record["at"][name] = {
-            "threshold": threshold,
-            **metrics(logits, data.test.labels, data.classes, threshold),
-            "interval": {k: interval(sample[1:]).tolist() for k, sample in samples.items()},
-        }
-
-
-def kept(path):
-    """The tables in a file that --json wrote."""
-    try:
-        return "\n".join(json.loads(Path(path).read_text())["tables"])
-    except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(f"tables needed in {path}, found none: give a file that --json wrote") from None
-
-
-def agreement(record, device, known):
-    """The share of films (or findings) on which a student makes its teachers' call; None without teachers,
-    or where others lie in their place by now."""
-    paths, several = record["args"]["teacher"] or [], record["data"].multilabel
-    there = [file_hash(checkpoint_file(path)) for path in paths if checkpoint_file(path).exists()]
-    if not paths or there != record["facts"]["teachers"]:
-        return None
-    theirs = [read(path, device, record["data"].source, known) for path in paths]
-    for path, teacher in zip(paths, theirs, strict=True):
-        refuse_foreign(path, teacher["facts"], record["data"])
-    if any(teacher["data"].test.ids != record["data"].test.ids for teacher in theirs):
-        return None
-    taught = mean_teacher([teacher["test"] for teacher in theirs], record["args"]["T"], several)
-    calls = [logits > 0 if several else logits.argmax(1) for logits in (record["test"], taught)]
-    return (calls[0] == calls[1]).double().mean().item()
-
-
-def export(path, record):
-    """A run as one file: a program from films in bytes to logits, and what there is to know of it."""
-    data, at = record["data"], record["at"]
-    side = record["facts"]["size"]
-    about = {
-        "films": f"uint8 (any number, 1, {side}, {side}): grey, the whole film squashed to it smoothly",
-        "classes": data.classes,
-        "probabilities": "sigmoid of the logits" if data.multilabel else "softmax of the logits",
-        **record["facts"]["provenance"],
+    args, source = facts["args"], source or facts["args"]["data"]
+    choice = ("per_class", "classes", "val_fraction", "uncertain")
+    key = (facts["size"], source, *(args[flag] for flag in choice))
+    if key not in loaded:
+        loaded[key] = load_as(args, facts["size"], ("val", "test"), cache, source)
+    data = loaded[key]
+    refuse_foreign(folder, facts, data)
+    model.to(device, memory_format=torch.channels_last)  # and not kept: 30 runs may not fit
+    val, test = (predict(model, split.images, device) for split in (data.val, data.test))
+    # The same samples for every run: differences between two runs are paired.
+    samples = measure(test, data.test.labels, bootstrap_weights(data.test.groups))
+    figures = metrics(test, data.test.labels, data.classes)
+    figures["interval"] = {name: interval(v[1:]).tolist() for name, v in samples.items()}
+    folder = run_file(folder).parent
+    return {
+        "name": folder.name, "folder": folder, "facts": facts, "args": args, "data": data,
+        "cost": cost(model, facts["size"]), "test": test, "samples": samples,
+        "validation": metrics(val, data.val.labels, data.classes),
+        "figures": figures,
     }
-    if "validation" in at:  # of two classes; of more, the most probable is called
-        about["threshold"] = at["validation"]["threshold"]
-    program = exported(record["model"].cpu(), side)
-    file = io.BytesIO()  # in memory first: on a full disk torch would end the process, without a word
-    torch.export.save(program, file, extra_files={"about.json": json.dumps(about, indent=1)})
-    write(path, file.getbuffer())
-    print(f"exported {record['folder']} to {path}, with {', '.join(about)} in its about.json")
 
 
 def write_json(path, content):
-    content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # NaN is Python's alone
-    write(path, json.dumps(content, indent=1).encode())
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # JSON has no NaN
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
 
 
-def figures(record, device):
+def kept(record, device):
     """What goes into metrics.json: every figure of a run, and where it came from."""
     data, facts = record["data"], record["facts"]
-    return {"test": record["at"], "validation": record["validation"], "classes": data.classes,
-            "agreement_with_teacher": record["agreement"], "films": len(data.test.labels),
-            "patients": len(set(data.test.groups)), "trained_by": facts["provenance"], "args": record["args"],
-            "epoch": facts["epoch"], "cost": record["cost"], "judged_by": origin(device)}
+    return {"test": record["figures"], "validation": record["validation"], "classes": data.classes,
+            "images": len(data.test.labels), "patients": len(set(data.test.groups)),
+            "args": record["args"], "epoch": facts["epoch"],
+            "cost": record["cost"], "trained_by": facts["provenance"], "judged_by": origin(device)}
 
 
-# ---- tables -----------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
+
+# Flags that change no figure.
+MACHINE = ("out", "recipe", "device", "no_amp", "cache", "tensorboard")
 
 
 def variants(records):
-    """The runs, those together that differ in their seed and their teacher's alone: they share a row."""
-    groups, aside = {}, ("seed", "out", "device", "cache", "tensorboard")
+    """The runs, those together that differ in their seed and their teacher's alone: they share a
+    row."""
+    groups = {}
     for record in records:
-        plain = {k: v for k, v in record["args"].items() if k not in aside}
-        key = re.sub(r"-seed\d+", "", json.dumps(plain, sort_keys=True))
+        same = {k: v for k, v in record["args"].items() if k not in (*MACHINE, "seed")}
+        key = re.sub(r"-seed\d+", "", json.dumps(same, sort_keys=True))
         groups.setdefault(key, []).append(record)
+    for same in groups.values():
+        by_seed = {}
+        for record in same:
+            seed = record["args"]["seed"], str(record["args"]["teacher"])
+            other = by_seed.setdefault(seed, record)
+            if other is not record:
+                raise UserError(f"{other['folder']} and {record['folder']} have the same seed and "
+                                f"flags: they would count as two seeds. Leave one out")
     return list(groups.values())
 
 
+def comparable(student, baseline):
+    """The same network, images, seed and training, one with a teacher and one without."""
+    free = (*MACHINE, "role", "teacher", "T", "alpha")
+    same = ({k: v for k, v in r["args"].items() if k not in free} for r in (student, baseline))
+    return (student["args"]["role"], baseline["args"]["role"]) == ("student", "baseline") \
+        and next(same) == next(same)
+
+
+def stopped_at(facts):
+    """", stopped at 0.5" for a defective teacher, "" for one that was not stopped."""
+    stop_at = facts["args"]["stop_at"]
+    early = stop_at is not None and mean(facts["validation"]["accuracy"]) > stop_at
+    return f", stopped at {stop_at:g}" if early else ""
+
+
+def unfinished(folder, facts):
+    """", epoch 2 of 6" for a run that has not ended, "" for one that has."""
+    path = run_file(folder).parent / "history.csv"
+    done = len(path.read_text().splitlines()) - 1 if path.exists() else math.inf
+    ended = done >= facts["args"]["epochs"] or stopped_at(facts)
+    return "" if ended else f", epoch {done} of {facts['args']['epochs']}"
+
+
 def row_name(records):
-    name = records[0]["name"] if len(records) == 1 else re.sub(r"-seed\d+", "", records[0]["name"])
-    seeds = f", {len(records)} seeds" if len(records) > 1 else ""
-    return f"{name} ({records[0]['args']['arch']}{seeds})"
-
-
-def cell(figures, unit=100, digits=1):
-    """The mean over the runs, their standard deviation, and the mean's interval over patients; in percent.
-
-    figures: of each run (1 + R,), the figure itself and its bootstrap samples, if there are any; (1 + R, K)
-    of several findings, whose mean is shown, those aside that could not be judged.
-    """
-    runs = unit * torch.stack([f.double().view(len(f), -1).nanmean(1) for f in figures])  # (runs, 1 + R)
-    text = f"{runs[:, 0].mean():.{digits}f}" + (f" ± {runs[:, 0].std():.{digits}f}" if len(runs) > 1 else "")
-    if runs.shape[1] == 1:
-        return text
-    low, high = interval(runs[:, 1:].mean(0)).tolist()
-    return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def pooled(same, threshold, name):
-    """The cell of runs that share a row."""
-    unit, digits = (1, 3) if name == "loss" else (100, 1)
-    return cell([record["samples"][threshold][name] for record in same], unit, digits)
+    name, more = records[0]["name"], "".join(unfinished(r["folder"], r["facts"]) for r in records)
+    if len(records) > 1:
+        name, more = re.sub(r"-seed\d+", "", name), f", {len(records)} seeds{more}"
+    return f"{name} ({records[0]['args']['arch']}{more})"
 
 
 def mean(value):
-    """Of a film's findings, those aside that could not be judged; of a single figure that figure."""
+    """Of several findings, leaving out those that could not be judged; of one figure itself."""
     return float(torch.as_tensor(value, dtype=torch.float64).nanmean())
 
 
-def markdown(header, rows):
-    """A table as lines of text, which a README can take as they are."""
-    rows = [header, *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = [" | ".join(f"{c:<{width}}" for c, width in zip(row, widths, strict=True)) for row in rows]
-    return ["", *(f"| {line} |" for line in lines)]
+def cell(figures, unit=100, digits=1):
+    """The mean over runs, their standard deviation, and the mean's interval; in percent.
+
+    figures: of each run (1 + R,), the figure and its bootstrap samples; (1 + R, K) of findings.
+    """
+    runs = unit * torch.stack([f.double().view(len(f), -1) for f in figures])  # (S, 1 + R, K)
+    # A finding that some sample leaves without a positive is left out of figure and samples alike.
+    runs = runs[..., ~runs.isnan().any(0).any(0)].mean(2)  # (S, 1 + R)
+    text = f"{runs[:, 0].mean():.{digits}f}"
+    text += f" ± {runs[:, 0].std():.{digits}f}" if len(runs) > 1 else ""
+    if runs.shape[1] > 1 and not runs.isnan().any():
+        low, high = interval(over_seeds(runs)[1:]).tolist()
+        text += f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return text
 
 
-def floor_row(data, names):
-    """What a network would reach that says the same of every film: the commonest class, or no finding."""
+def floor_row(data, columns):
+    """What a network would reach that always says the same: the commonest class, or no finding."""
     logits, title = torch.zeros(len(data.test.labels), len(data.classes)), "always the same"
     if not data.multilabel:
         commonest = data.test.labels.bincount().argmax()
         logits[:, commonest], title = 1, f"always {data.classes[commonest]}"
     floor = metrics(logits, data.test.labels, data.classes)
-    return [title, "", *("" if k in ("ece", "loss") else f"{100 * mean(floor[k]):.1f}" for k in names)]
+    return [title, "", *("" if k in ("ece", "loss") else f"{100 * mean(floor[k]):.1f}"
+                         for k in columns)]
 
 
-def tables(records, with_grid=False):
-    """Lines of text: a row a variant, its runs pooled; then what distillation changed."""
+def tables(records, with_grid=False, with_report=False):
+    """Lines of text: a row a variant; then what distillation changed."""
     data, groups = records[0]["data"], variants(records)
-    names, score = (SEVERAL, "auc") if data.multilabel else (NAMES, "accuracy")
-    text, rows = grid(groups) if with_grid else [], [floor_row(data, names)]
+    columns, score = COLUMNS + MORE * with_report, "auc" if data.multilabel else "accuracy"
+    text, rows = grid(groups) if with_grid else [], [floor_row(data, columns)]
     for same in groups:
         validated = cell([torch.tensor([record["validation"][score]]) for record in same])
-        rows.append([row_name(same), validated, *(pooled(same, "0.5", k) for k in names)])
-    text += markdown([f"{len(data.test.labels)} test films, %", f"validation {score}", *names], rows)
-    if "validation" in records[0]["at"]:  # AUC, calibration and loss know no threshold
-        rows = [[row_name(same), *(pooled(same, "validation", k) for k in names[:5])] for same in groups]
-        text += markdown(["at the threshold best on validation", *names[:5]], rows)
-    if data.multilabel:
-        text += findings(groups, data)
-    text.append("")
+        rows.append([row_name(same), validated, *(
+            cell([r["samples"][k] for r in same], *((1, 3) if k == "loss" else (100, 1)))
+            for k in columns)])
+    text += markdown([f"{len(data.test.labels)} test images, %", f"validation {score}", *columns],
+                     rows)
+    text += findings(groups, data) if data.multilabel else [
+        "", f"positive: {data.classes[1]}" if len(data.classes) == 2 else ""]
     for students in groups:
-        if shares := [s["agreement"] for s in students if s["agreement"] is not None]:
-            share = 100 * sum(shares) / len(shares)
-            text.append(f"{row_name(students)} makes its teacher's call on {share:.1f} % of the films")
+        text += agreement(students, records)
         for baselines in groups:
-            # Seed by seed, on the same bootstrap samples.
-            pairs = [(s["samples"]["0.5"], b["samples"]["0.5"])
+            pairs = [(s["samples"], b["samples"])  # seed by seed, on the same bootstrap samples
                      for s in students for b in baselines if comparable(s, b)]
             if pairs:
-                gains = ", ".join(f"{k} {cell([s[k] - b[k] for s, b in pairs])}" for k in DIFFERENCES)
+                gains = ", ".join(f"{k} {cell([s[k] - b[k] for s, b in pairs])}" for k in COLUMNS)
                 text.append(f"{row_name(students)} minus {row_name(baselines)}, in points: {gains}")
     return text
 
 
-def reports(records):
-    """Lines of text: every run's figures by class."""
-    for record in records:
-        counts = record["at"]["0.5"]["confusion"]
-        yield f"\n{record['folder']}: best on validation in epoch {record['facts']['epoch']:g}\n"
-        yield report(counts, record["data"].classes)
-        yield f"confusion (rows: truth, columns: call):\n{np.array(counts)}"
+def agreement(students, records):
+    """The share of images (or findings) on which students call what their teachers call, where
+    those are among the runs."""
+    shares = []
+    for student in students:
+        teachers = [r for r in records if r["facts"]["sha256"] in student["facts"]["teachers"]]
+        if teachers and len(teachers) == len(student["facts"]["teachers"]):
+            several = student["data"].multilabel
+            taught = mean_teacher([r["test"] for r in teachers], student["args"]["T"], several)
+            calls = [z > 0 if several else z.argmax(1) for z in (student["test"], taught)]
+            shares.append((calls[0] == calls[1]).double().mean().item())
+    if not shares:
+        return []
+    share = 100 * sum(shares) / len(shares)
+    return [f"{row_name(students)} agrees with its teacher on {share:.1f} % of the images"]
 
 
 def findings(groups, data):
@@ -589,107 +526,95 @@ def findings(groups, data):
     rows = []
     for k, finding in enumerate(data.classes):
         truth = data.test.labels[:, k]
-        cells = [cell([r["samples"]["0.5"]["auc"][:, k] for r in same]) for same in groups]
+        cells = [cell([r["samples"]["auc"][:, k] for r in same]) for same in groups]
         rows.append([finding, f"{int(truth.nansum())} of {int((~truth.isnan()).sum())}", *cells])
-    costs = (("parameters, M", "parameters", 1e6), ("multiply-adds, G", "multiply_adds", 1e9))
-    for title, key, unit in costs:
+    for title, key, unit in (("parameters, M", "parameters", 1e6),
+                             ("multiply-adds, G", "multiply_adds", 1e9)):
         rows.append([title, "", *(f"{same[0]['cost'][key] / unit:.2f}" for same in groups)])
-    return markdown(["AUC, %", "positives", *(row_name(same) for same in groups)], rows)
-
-
-def stopped_at(facts):
-    """", stopped at 0.5" for a defective teacher, "" for one that was not stopped."""
-    stop_at = facts["args"]["stop_at"]
-    return f", stopped at {stop_at:g}" if stop_at and mean(facts["validation"]["accuracy"]) > stop_at else ""
+    text = markdown(["AUC, %", "positives", *(row_name(same) for same in groups)], rows)
+    lost = torch.stack([r["samples"]["auc"].isnan().any(0) for same in groups for r in same]).any(0)
+    if lost.any():
+        names = ", ".join(name for name, out in zip(data.classes, lost, strict=True) if out)
+        text += ["", f"left out of the mean AUC, too few positives for the bootstrap: {names}"]
+    return [*text, ""]
 
 
 def grid(groups):
-    """Teachers down, students across: train, validation and test accuracy, means over seeds (± of test).
-
-    Training accuracy is what the loop saw in the best epoch: dropout on, weights still moving.
-    """
+    """Teachers down, students across: train, validation and test accuracy, means over seeds (± of
+    test). Training accuracy is the loop's own: dropout on, weights still moving."""
     cells = {}
     for same in groups:
         args, facts = same[0]["args"], same[0]["facts"]
         smooth = f", label smoothing {args['label_smoothing']:g}" if args["label_smoothing"] else ""
         by = " + ".join(facts["taught_by"]) or "no teacher" + smooth
         parts = [(r["facts"]["train_accuracy"], mean(r["validation"]["accuracy"]),
-                  mean(r["at"]["0.5"]["accuracy"])) for r in same]
+                  mean(r["figures"]["accuracy"])) for r in same]
         values = 100 * torch.tensor(parts, dtype=torch.float64)
         text = " / ".join(f"{value:.1f}" for value in values.mean(0))
         text += f" ± {values[:, 2].std():.1f}" if len(same) > 1 else ""
-        row = cells.setdefault(by, {})
-        student = args["arch"] + stopped_at(facts)
-        row[student] = f"{row[student]}; {text}" if student in row else text  # runs that differ in a flag
+        row, student = cells.setdefault(by, {}), args["arch"] + stopped_at(facts)
+        row[student] = f"{row[student]}; {text}" if student in row else text
     students = sorted({student for row in cells.values() for student in row})
     return markdown(["train / val / test accuracy", *students],
-                    [[by, *(row.get(student, "") for student in students)] for by, row in cells.items()])
+                    [[by, *(row.get(student, "") for student in students)]
+                     for by, row in cells.items()])
 
 
-def comparable(student, baseline):
-    """The same network given the same films and seed, one with a teacher, one without."""
-    same = ("seed", "data", "per_class", "classes", "arch", "size", "finetune", "weights", "epochs", "input",
-            "uncertain", "augment")
-    a, b = student["args"], baseline["args"]
-    return (a["role"], b["role"]) == ("student", "baseline") and all(a[k] == b[k] for k in same)
+def reports(records):
+    """Lines of text: every run's figures by class."""
+    for r in records:
+        yield f"\n{r['folder']}: best on validation in epoch {r['facts']['epoch']}"
+        yield from report(r["figures"]["confusion"], r["data"].classes)
 
 
 def get_args(argv=None):
-    p = parser("evaluate.py RUN [RUN ...]", __doc__)
-    g = p.add_argument_group("which runs, on which films")
-    g.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote, or a file of --json")
-    g.add_argument("--data", help="where the films are, if no longer where they were in training")
-    device_flag(g)
-    g = p.add_argument_group("what else is to be seen")
-    g.add_argument("--grid", action="store_true", help="first a table, teachers down and students across")
-    g.add_argument("--cam", metavar="FILE.png", help="Grad-CAM: a row a film, a column a run")
-    g.add_argument("--image", metavar="FILM", help="read this film (JPEG or PNG) and nothing else")
-    g = p.add_argument_group("what is to be kept")
+    p = argparse.ArgumentParser(usage="python evaluate.py RUN [RUN ...] [FLAGS]",
+                                description=__doc__, formatter_class=Help, allow_abbrev=False)
+    g = p.add_argument_group("which runs, on which images")
+    g.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
+    g.add_argument("--data", help="where the images are now, if they were moved after training")
+    g.add_argument("--device", type=usable_device, help="cpu, cuda or cuda:N",
+                   default="cuda" if torch.cuda.is_available() else "cpu")
+    g.add_argument("--cache", default="cache", help="folder of decoded images; may be deleted")
+    g = p.add_argument_group("what else is shown")
+    g.add_argument("--report", action="store_true", help="more columns, and a report by class")
+    g.add_argument("--grid", action="store_true", help="a table, teachers down and students across")
+    g.add_argument("--cam", metavar="FILE.png", help="Grad-CAM: a row an image, a column a run")
+    g.add_argument("--image", metavar="FILE", help="read this JPEG or PNG and nothing else")
+    g = p.add_argument_group("what is kept")
     g.add_argument("--json", metavar="FILE", help="the tables and every run's figures in one file")
-    g.add_argument("--export", metavar="FILE.pt2", help="the one RUN as a program that torch alone can run")
     args = p.parse_args(argv)
-    if args.export and len(args.runs) > 1:
-        p.error(f"--export takes one run, got {len(args.runs)}: export them one by one")
-    more = args.grid or args.json or args.export
-    shown = any(run.endswith(".json") for run in args.runs)
-    if shown and (len(args.runs) > 1 or args.data or args.cam or args.image or more):
-        p.error("a file of --json is only shown again, by itself: leave the other runs and flags out")
-    if args.image and more:
-        p.error("--image reads one film and judges nothing: leave --grid, --json and --export out")
+    if args.image and (args.report or args.grid or args.json or args.data):
+        p.error("--image reads one image and judges nothing: of the other flags only --cam goes "
+                "with it")
     return args
 
 
 def main(argv=None):
-    args, known = get_args(argv), {}
-    if args.runs[0].endswith(".json"):
-        return print(kept(args.runs[0]))
+    args = get_args(argv)
     if args.image:
-        return read_film(args.image, args.runs, args.cam, args.device)
-    keep = bool(args.cam or args.export)
-    records = [read(folder, args.device, args.data, known, keep) for folder in args.runs]
-    if len({record["folder"].resolve() for record in records}) < len(records):
-        raise UserError("every run once needed, found one twice: two would look like two seeds")
-    if len({(*record["data"].classes, *record["data"].test.ids) for record in records}) > 1:
-        raise UserError("one table needs one set of test films and classes, these runs were trained for "
-                        "several: judge them in separate calls")
+        return read_image(args.image, args.runs, args.cam, args.device)
+    runs, loaded = [run for run in args.runs if run_file(run).is_file()], {}
+    for folder in set(args.runs) - set(runs if runs else args.runs):
+        print(f"{folder} has no best.pt, or not yet: left out")
+    records = []
+    for folder in runs or args.runs:
+        with explain(f"{folder} is not a checkpoint of this project"):
+            records.append(judge(folder, args.device, args.data, args.cache, loaded))
+    if len({(*r["data"].classes, *r["data"].test.ids) for r in records}) > 1:
+        raise UserError("these runs were trained for different test images or classes: judge them "
+                        "in separate calls")
+    text, runs = tables(records, args.grid, args.report), {}
     for record in records:
-        refuse_foreign(record["folder"], record["facts"], record["data"])
-    runs = {}
-    for record in records:
-        judge(record)
-        record["agreement"] = agreement(record, args.device, known)
-        runs[str(record["folder"])] = figures(record, args.device)
+        runs[str(record["folder"])] = kept(record, args.device)
         write_json(record["folder"] / "metrics.json", runs[str(record["folder"])])
-    text = tables(records, args.grid)
+    if args.report and not records[0]["data"].multilabel:
+        text += reports(records)
+    print("\n".join(text))
     if args.cam:
         show_cams(args.cam, records, args.device)
-        if hasattr(records[0]["data"].test, "masks"):
-            text += pointing(records, args.device)
-    print("\n".join([*text, *(reports(records) if not records[0]["data"].multilabel else [])]))
     if args.json:
         write_json(args.json, {"tables": text, "runs": runs})
-    if args.export:
-        export(args.export, records[0])
 
 
 if __name__ == "__main__":

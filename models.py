@@ -1,14 +1,16 @@
-"""Networks and checkpoints: torchvision's classifiers with a new head, taken apart and put together.
+"""Networks and checkpoints: torchvision's classifiers with a new head, frozen in part, and saved.
 
     model = build("alexnet", num_classes=2, size=224, weights="imagenet")
-    logits, aux = forward(model, images)         aux: the auxiliary heads' logits, a list, mostly empty
-    tail = split(model, "fc")                    the part that learns when the rest is frozen
+    logits, aux = forward(model, images)         aux: auxiliary heads' logits, a list, mostly empty
+    learner = freeze(model, "fc")                the part that learns; the rest is frozen
     save_checkpoint(path, model, **facts)        and back: model, facts = load_checkpoint(path)
 """
 
+import argparse
+import difflib
 import hashlib
+import io
 import re
-import zipfile
 from pathlib import Path
 
 import torch
@@ -20,22 +22,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import SqueezeExcitation
 
-from data import MEAN, STD, UserError, atomic, file_hash, prepare
+from data import MEAN, STD, UserError, atomic, explain
 
-FORMAT = 2  # of a checkpoint: raise it when its facts change; a reader of another says so and does not guess
+FORMAT = 3  # of a checkpoint: raise it when its facts change, so that old ones are refused
 
-# Auxiliary heads (a second and third classifier half-way up, for training only) need maps of a certain
-# size. Where the film is smaller they are left out: InceptionV3's window is 5x5 at 299 / 17 and
-# does not fit below 299; GoogLeNet's pools to 4x4 at 1/16, so below 64 it would invent pixels.
+# Auxiliary heads (a second and third classifier half-way up, for training only) need maps of a
+# certain size; for smaller images they are left out. InceptionV3's 5x5 window does not fit below
+# 299 pixels; GoogLeNet's heads pool to 4x4 at 1/16, so below 64 they would invent pixels.
 AUX_MIN_SIZE = {"inception_v3": 299, "googlenet": 64}
-AUX_NAMES = ("AuxLogits.", "aux1.", "aux2.")
 AUX_WEIGHT = {"inception_v3": 0.4, "googlenet": 0.3}  # in the loss, from the networks' own papers
+AUX_NAMES = ("AuxLogits.", "aux1.", "aux2.")
 
-SE_RESNETS = {"seresnet50": [3, 4, 6, 3], "seresnet101": [3, 4, 23, 3]}  # blocks; torchvision has none
+SE_RESNETS = {"seresnet50": [3, 4, 6, 3], "seresnet101": [3, 4, 23, 3]}  # blocks a stage
 
 
 class SEBottleneck(Bottleneck):
-    """ResNet's block, each channel then weighed by what the block saw in the whole film (Hu et al. 2018)."""
+    """ResNet's block, each of its channels then weighed by what the block saw in the whole image
+    (squeeze and excitation, Hu et al. 2018). torchvision has the layer, but no such ResNet."""
 
     def __init__(self, inplanes, planes, *args, **kwargs):
         super().__init__(inplanes, planes, *args, **kwargs)
@@ -49,177 +52,175 @@ class SEBottleneck(Bottleneck):
         return self.relu(self.se(self.bn3(self.conv3(x))) + shortcut)
 
 
+# ---- a network with a new head -------------------------------------------------------------------
+
+
 def architectures():
     return [*SE_RESNETS, *torchvision.models.list_models(module=torchvision.models)]
 
 
-def bare_network(arch, aux):
-    """The network as its authors made it: 1000 outputs, random weights.
+def known_arch(arch):
+    """An argparse type: the name of a network that `build` knows, or an error with the nearest."""
+    names = architectures()
+    if arch not in names:
+        near = difflib.get_close_matches(arch, names, n=4, cutoff=0.3)
+        raise argparse.ArgumentTypeError(f"no network is called {arch}; near are {', '.join(near)}")
+    return arch
 
-    Inception and GoogLeNet have an initialisation of their own (init_weights=True); it takes seconds, and
-    they learned far more slowly with it than with torch's, at the same learning rate.
-    """
-    if arch not in architectures():
-        raise UserError(f"--arch needs one of {', '.join(architectures())}; got {arch}")
+
+def bare_network(arch, aux):
+    """The network as its authors made it: 1000 outputs, random weights."""
     if arch in SE_RESNETS:
         return ResNet(SEBottleneck, SE_RESNETS[arch])
+    # init_weights=False: torchvision's own initialisation of these two takes seconds, and they
+    # learned far more slowly with it than with torch's default, at the same learning rate.
     options = {"aux_logits": aux, "init_weights": False} if arch in AUX_MIN_SIZE else {}
     model = torchvision.models.get_model(arch, weights=None, **options)
-    if arch.startswith("mnasnet"):  # made for ImageNet's long epochs, its averages hardly move: 3e-4 a step
-        for layer in model.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.momentum = 0.1
+    for layer in model.modules() if arch.startswith("mnasnet") else []:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.1  # its 0.0003, meant for ImageNet's long epochs, hardly moves here
     return model
 
 
 def heads(model):
-    """Names of the layers with 1000 outputs: the classifier, and those of the auxiliary heads.
+    """Names of the layers with 1000 outputs: the auxiliary heads, and last the classifier.
 
-    This one rule finds the head of every classifier in torchvision, whatever it is called there
-    (fc, classifier.6, heads.head, SqueezeNet's 1x1 convolution); the main head comes last.
+    This one rule finds the head of every classifier in torchvision, whatever it is called there:
+    fc, classifier.6, heads.head, or SqueezeNet's 1x1 convolution.
     """
     outputs = {nn.Linear: "out_features", nn.Conv2d: "out_channels"}
     return [name for name, layer in model.named_modules()
             if type(layer) in outputs and getattr(layer, outputs[type(layer)]) == 1000]
 
 
-def build(arch, num_classes, size=None, weights="none"):
-    """A network with a new, randomly initialised head of `num_classes` outputs.
-
-    weights: "none" (random), "imagenet" (torchvision's, or an error that says which file goes where;
-    never random ones instead) or a file: a checkpoint of ours or a plain state_dict of the same arch.
-    size: the films' side in pixels; a network that cannot take it is refused here, not mid-training.
-    """
-    aux = arch in AUX_MIN_SIZE and (size is None or size >= AUX_MIN_SIZE[arch])
-    model = bare_network(arch, aux)
-    # Inception and GoogLeNet learned on (x - 0.5) / 0.5, and say so in a flag that no state_dict holds.
-    model.transform_input = weights == "imagenet" and arch in AUX_MIN_SIZE
-    if weights != "none":
-        path = imagenet_file(arch) if weights == "imagenet" else checkpoint_file(weights)
-        content = read_weights(path)
-        load_body(model, content.get("model", content), arch, path)
-        model.transform_input |= content.get("facts", {}).get("transform_input", False)
-    replace_heads(model, num_classes)
-    if size is not None:
-        refuse_impossible_size(model, arch, size)
-    model.facts = dict(arch=arch, num_classes=num_classes, size=size, aux=aux, input="film",
-                       transform_input=model.transform_input)
-    return model
-
-
 def replace_heads(model, num_classes):
-    if not heads(model):
-        raise UserError("a layer with 1000 outputs needed at the network's end, to be replaced, found none: "
-                        "give the network one")
-    model.head_name = heads(model)[-1]  # remembered, because afterwards it has 1000 outputs no more
-    for name in heads(model):
+    names = heads(model)
+    model.head_name = names[-1]  # remembered, because it no longer has 1000 outputs afterwards
+    for name in names:
         old = model.get_submodule(name)
-        linear = isinstance(old, nn.Linear)
-        model.set_submodule(name, nn.Linear(old.in_features, num_classes) if linear
+        model.set_submodule(name, nn.Linear(old.in_features, num_classes)
+                            if isinstance(old, nn.Linear)
                             else nn.Conv2d(old.in_channels, num_classes, old.kernel_size))
 
 
-def refuse_impossible_size(model, arch, size):
-    def takes(side):
-        try:
-            with torch.no_grad():
-                model(torch.zeros(1, 3, side, side))
-            return True
-        except (RuntimeError, AssertionError):
-            return False
+def build(arch, num_classes, size=None, weights="none"):
+    """A network with a new, randomly initialised head of `num_classes` outputs.
 
-    model.eval()
-    if not takes(size):
-        possible = [s for s in (32, 48, 64, 80, 96, 112, 128, 160, 224, 299) if takes(s)]
-        raise UserError(f"{arch} cannot read films of {size} x {size} pixels; of the usual sizes it takes "
-                        f"{', '.join(map(str, possible))}: choose one with --size")
-    model.train()
+    weights: "none" (random), "imagenet" (torchvision's) or a file: a checkpoint of ours or a plain
+    state_dict of the same network. size: the images' side in pixels, refused if it is impossible.
+    """
+    aux = arch in AUX_MIN_SIZE and (size is None or size >= AUX_MIN_SIZE[arch])
+    model, groups = bare_network(arch, aux), []
+    model.transform_input = False
+    if weights != "none":
+        path = weights_file(arch, weights)
+        content = read_weights(path)
+        with explain(f"{path} does not hold the weights of {arch}"):
+            ours = content.get("facts", {})
+            load_body(model, content.get("model", content), arch, path)
+            # ImageNet's Inception and GoogLeNet learned on (x - 0.5) / 0.5, not on ImageNet's mean
+            # and deviation: with this flag, which no state_dict holds, they convert their input.
+            model.transform_input = ours.get("transform_input", arch in AUX_MIN_SIZE)
+            groups = ours.get("seen_groups", [])
+    replace_heads(model, num_classes)
+    if size is not None:
+        why = f"{arch} cannot take images of {size} x {size} pixels; choose another --size"
+        with torch.no_grad(), explain(why):
+            model.eval()(torch.zeros(1, 3, size, size))
+    model.facts = {"arch": arch, "num_classes": num_classes, "size": size, "aux": aux,
+                   "input": "image", "transform_input": model.transform_input,
+                   "seen_groups": groups}  # the patients that its weights have learned from
+    return model.train()
+
+
+# ---- weights from elsewhere ----------------------------------------------------------------------
+
+
+def weights_file(arch, weights):
+    """The path behind --weights; torchvision's ImageNet weights are downloaded if need be.
+
+    Their hash is checked every time: torchvision does so only while downloading.
+    """
+    if weights != "imagenet":
+        if not run_file(weights).exists():
+            raise UserError(f"No such file: {run_file(weights)}. Train that run first, or name "
+                            f"another")
+        return run_file(weights)
+    with explain(f"torchvision has no ImageNet weights of {arch}; use --weights none or a file"):
+        kinds = torchvision.models.get_model_weights(arch.removeprefix("se"))  # SE: a ResNet's
+        url = getattr(kinds, "IMAGENET1K_V1", kinds.DEFAULT).url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    prefix = path.stem.rsplit("-", 1)[1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with explain(f"{url} could not be fetched. Put that file at {path}, or start from random "
+                     f"weights: --weights none --finetune all"):
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix)
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(prefix):
+        raise UserError(f"{path} is damaged: its SHA-256 does not begin with {prefix}. Delete it")
+    return path
 
 
 def read_weights(path):
-    """Tensors and plain values only: with weights_only a file cannot run code while it is read.
+    """What a file holds, and its hash, both from one reading of its bytes.
 
-    Such a file is a zip, with a checksum for each of its parts that torch writes, but does not look at.
+    With weights_only it can hold tensors and plain values only, and cannot run code.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(content, dict) and "format" in content:  # ours
-            with zipfile.ZipFile(path) as file:
-                if spoiled := file.testzip():
-                    raise ValueError(f"the checksum of {spoiled} is another")
-    except FileNotFoundError:
-        raise UserError(f"weights needed at {path}, found no such file: check the path, or train that run "
-                        f"first") from None
-    except Exception as error:  # torch.load fails in many ways, and says much: its first line is enough
-        why = (str(error) or "it ends too soon").splitlines()[0][:80]
-        raise UserError(f"{path} is not a readable file of weights, it may be damaged or come from another "
-                        f"program ({why}): train or fetch it anew") from None
-    for named in (content, content.get("model", content) if isinstance(content, dict) else {}):
-        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named):
-            raise UserError(f"named tensors needed in {path}, found a {type(named).__name__}: give another")
+    if not path.exists():
+        raise UserError(f"No such file: {path}. Train that run first, or name another")
+    with explain(f"{path} is not a readable file of weights"):
+        raw = path.read_bytes()
+        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        named = content.get("model", content)
+        assert all(isinstance(name, str) for name in named), "its tensors have no names"
+    content["sha256"] = hashlib.sha256(raw).hexdigest()
     return content
 
 
-def load_body(model, state, arch, source):
+def load_body(model, state, arch, path):
     """Load everything but the heads, which are about to be replaced."""
     skip = tuple(f"{name}." for name in heads(model))
-    if "densenet" in arch:  # torchvision's files still say norm.1 where the code says norm1
-        state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", k): v for k, v in state.items()}
-    for name in [name for name in state if name.startswith(skip)]:
-        del state[name]  # in place, for torchvision reads old files by a version noted in this very dict
+    if "densenet" in arch:  # torchvision's files still say norm.1 where its code says norm1
+        pattern = r"(denselayer\d+\.(?:norm|conv))\.(\d)"
+        state = {re.sub(pattern, r"\1\2", name): value for name, value in state.items()}
+    for name in [name for name in state if name.startswith(skip) or name == "sha256"]:
+        del state[name]  # in place: torchvision reads a version that is noted in this very dict
     try:
         wrong = sum(model.load_state_dict(state, strict=False), [])  # names missing here or there
     except RuntimeError as error:
         wrong = str(error).splitlines()[1:]  # shapes that differ
-    # What either may lack: auxiliary heads, a counter that old files do not have, what a ResNet's file
-    # does not know of an SE-ResNet.
-    wrong = [w for w in wrong if not w.startswith((*skip, *AUX_NAMES))
-             and not w.endswith("num_batches_tracked") and not (arch in SE_RESNETS and ".se." in w)]
+    wrong = [name for name in wrong if not (
+        name.startswith((*skip, *AUX_NAMES))  # auxiliary heads, which small images do without
+        or name.endswith("num_batches_tracked")  # a counter that old files do not have
+        or (arch in SE_RESNETS and ".se." in name))]  # what a ResNet does not have
     if wrong:
-        raise UserError(f"{source} does not hold the weights of {arch}: {len(wrong)} names or shapes differ, "
-                        f"{wrong[0].strip()} for one; give the file that belongs to this --arch")
+        raise UserError(f"{path} does not hold the weights of {arch}: {len(wrong)} names or shapes "
+                        f"differ, such as {wrong[0].strip()}. Give a file of this --arch")
 
 
-def imagenet_file(arch):
-    """The path of torchvision's ImageNet weights, downloaded if need be, its hash checked every time:
-    torchvision does so only while downloading, and not when a file was put there by hand."""
-    try:
-        kinds = torchvision.models.get_model_weights(arch.removeprefix("se"))  # an SE-ResNet takes a ResNet's
-    except ValueError:
-        raise UserError(f"ImageNet weights of {arch} needed, torchvision has none: give --weights none, or a "
-                        f"file") from None
-    url = getattr(kinds, "IMAGENET1K_V1", kinds.DEFAULT).url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    wanted = path.stem.rsplit("-", 1)[1]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=wanted)
-        except (OSError, RuntimeError) as error:  # RuntimeError: it came with another hash
-            raise UserError(f"ImageNet weights of {arch} needed, {url} could not be fetched ({error}): "
-                            f"put the file at {path}, or start from random ones: --recipe scratch") from None
-    found = file_hash(path)
-    if not found.startswith(wanted):
-        raise UserError(f"{path} should have a SHA-256 that begins with {wanted}, found {found[:8]}: "
-                        f"the file is damaged or not what its name says; fetch {url} anew")
-    return path
+# ---- forward, and what of a network learns -------------------------------------------------------
 
 
 def forward(model, images):
-    """logits (B, C) and a list of the auxiliary heads' logits (empty in eval mode, and mostly)."""
-    if getattr(model, "facts", {}).get("input") == "residual":
-        images = residuals(images)
-    out = model(images)
+    """logits (B, C), and a list of the auxiliary heads' logits (empty in eval mode, and mostly)."""
+    out = model(as_read(model, images))
     if isinstance(out, torch.Tensor):
-        return out.flatten(1), []  # SqueezeNet ends in 1x1 maps
+        return out.flatten(1), []  # flatten: SqueezeNet ends in 1x1 maps
     return out[0], [aux for aux in out[1:] if aux is not None]
+
+
+def as_read(model, images):
+    """The images themselves, or their noise residuals for a network that was trained on those."""
+    facts = getattr(getattr(model, "module", model), "facts", {})  # .module: DDP's, around ours
+    return residuals(images) if facts.get("input") == "residual" else images
 
 
 def residuals(images):
     """Noise residuals (SRM, Fridrich & Kodovsky 2012; arXiv 2406.08837): (B, 3, H, W) in [-1, 1].
 
-    Predicted minus pixel, divided by c, rounded and cut at 2: predicted from one neighbour (c = 1), from the
-    two on either side (order 2, c = 3), both the least over directions, and from all eight (order 4, c = 6).
+    Predicted minus pixel, divided by c, rounded and cut at 2. Predicted from one neighbour (c = 1),
+    from the two on either side (order 2, c = 3), both the least over directions, and from all eight
+    (order 4, c = 6).
     """
     x = 255 * (images[:, :1] * STD[0] + MEAN[0])  # grey levels again
     height, width = x.shape[-2:]
@@ -230,122 +231,115 @@ def residuals(images):
     first = torch.stack([right, left, up, down]).amin(0) - x
     second = torch.minimum(right + left, up + down) - 2 * x
     square = 2 * (right + left + up + down) - corners - 4 * x
-    return torch.cat([(r / c).round().clamp(-2, 2) / 2 for r, c in ((first, 1), (second, 3), (square, 6))], 1)
+    return torch.cat([(r / c).round().clamp(-2, 2) / 2
+                      for r, c in ((first, 1), (second, 3), (square, 6))], dim=1)
 
 
-def split(model, finetune):
-    """The part that learns: everything ("all"), the block that holds the head ("fc": three layers in AlexNet
-    and VGG, the head itself in most others), or the new head alone ("head").
+def freeze(model, finetune):
+    """The learner, which is the part that learns: "all" of the network, the "fc" block that holds
+    the head (three layers in AlexNet and VGG, the head itself in most), or the new "head" alone.
 
-    The rest is frozen here, and put in eval mode: without gradients BatchNorm would still move its
-    averages, and dropout still drop.
+    The rest is frozen and put in eval mode: even without gradients BatchNorm would move its
+    averages, and dropout would drop.
     """
     if finetune == "all":
         return model
-    head, block = (model.get_submodule(n) for n in (model.head_name, model.head_name.split(".")[0]))
-    whole_block = isinstance(block, nn.Sequential) and (finetune == "fc" or block[-1] is not head)
-    tail = block if whole_block else head  # in SqueezeNet pooling follows the head: part of the tail
+    head = model.get_submodule(model.head_name)
+    block = model.get_submodule(model.head_name.split(".")[0])
+    # In SqueezeNet pooling follows the head: then the block is what learns, also with "head".
+    takes_block = isinstance(block, nn.Sequential) and (finetune == "fc" or block[-1] is not head)
+    learner = block if takes_block else head
     model.requires_grad_(False).eval()
-    for layer in tail.modules():
+    for layer in learner.modules():
         if isinstance(layer, nn.Linear):
-            layer.reset_parameters()  # arXiv 2406.08837: "initialised anew", all three of AlexNet's
-    return tail.requires_grad_(True)
+            layer.reset_parameters()  # arXiv 2406.08837: all of AlexNet's three "initialised anew"
+    return learner.requires_grad_(True)
 
 
-def features(model, tail, images):
-    """What reaches `tail` when `model` reads the images: the input of the part that learns."""
+@torch.no_grad()
+def features(model, learner, images):
+    """What reaches the learner when the model reads the images: the learner's input."""
     caught = []
-    with tail.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0])):
-        forward(model, images)  # the tail runs too, for nothing: a few products against a whole network
+    with learner.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0])):
+        forward(model, images)  # the learner runs too, for nothing: little beside the rest
     return caught[0]
 
 
 def frozen_hash(model):
-    """What a table of features was made with: a hash of all that does not learn, BatchNorm's averages too."""
+    """What a table of features was made with: a hash of all that is frozen, averages included."""
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     digest = hashlib.sha256(str([model.facts["transform_input"], model.facts["input"]]).encode())
     for name, value in model.state_dict().items():
-        if name not in learning and not name.startswith(AUX_NAMES):  # which do not run in eval mode
+        if name not in learning and not name.startswith(AUX_NAMES):  # which eval mode leaves out
             digest.update(value.cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
 def cost(model, size):
-    """Parameters (auxiliary heads' apart), multiply-adds of one film, depth, and megabytes of weights.
+    """Parameters (auxiliary heads' apart), multiply-adds of one image, depth, megabytes of weights.
 
-    Multiply-adds are half the operations that FlopCounterMode counts: convolutions and matrix products, as
-    in torchvision's own figures. Depth is the number of Conv2d and Linear layers.
+    Multiply-adds are half the operations that FlopCounterMode counts: convolutions and matrix
+    products, as in torchvision's figures. Depth is the number of Conv2d and Linear layers.
     """
     was_training = model.training
     model.eval()  # so that auxiliary heads do not run
+    device = next(model.parameters()).device
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        # With a gradient, and attention as plain products: its short cuts are not counted by every torch.
-        model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device, requires_grad=True))
+        # With a gradient, and attention as plain products: not every torch counts its fused form.
+        model(torch.zeros(1, 3, size, size, device=device, requires_grad=True))
     model.train(was_training)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     auxiliary = sum(n for name, n in sizes.items() if name.startswith(AUX_NAMES))
+    layers = [f"{name}." for name, layer in model.named_modules()
+              if isinstance(layer, (nn.Conv2d, nn.Linear))]
     return {
         "parameters": sum(sizes.values()) - auxiliary,
         "auxiliary_parameters": auxiliary,
         "multiply_adds": counter.get_total_flops() // 2,
-        "depth": sum(isinstance(layer, (nn.Conv2d, nn.Linear)) for name, layer in model.named_modules()
-                     if not f"{name}.".startswith(AUX_NAMES)),
+        "depth": sum(not name.startswith(AUX_NAMES) for name in layers),
         "megabytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6,
     }
 
 
-class Reader(nn.Module):
-    """A network with its normalisation: films as bytes in, logits out."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, films):
-        return forward(self.model, prepare(films, films.device))[0]
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
-def exported(model, size):
-    """The network and its normalisation as a program of torch.export, for any number of films."""
-    reader = Reader(model).eval()
-    films = torch.zeros(2, 1, size, size, dtype=torch.uint8, device=next(model.parameters()).device)
-    try:
-        return torch.export.export(reader, (films,), dynamic_shapes=({0: torch.export.Dim("films")},))
-    except Exception as error:  # whatever torch.export cannot follow; its first line is enough
-        raise UserError(f"a network that torch.export can follow needed, found one that it cannot "
-                        f"({repr(error).splitlines()[0][:80]}): take best.pt instead") from None
-
-
-def checkpoint_file(path):
+def run_file(path):
     """A run's folder stands for its best.pt."""
     return Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
 
 
-def save_checkpoint(path, model, **facts):
+def save_checkpoint(path, model, weights=True, **facts):
     """Weights, and whatever is needed to rebuild the network and to judge it: plain values only."""
-    content = {"format": FORMAT, "model": model.state_dict(), "facts": {**model.facts, **facts}}
-    with atomic(path) as part:
-        try:
-            torch.save(content, part)
-        except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(str(error).splitlines()[0]) from None
+    content = {"format": FORMAT, "model": model.state_dict() if weights else {},
+               "facts": {**model.facts, **facts}}
+    with (explain(f"{path} could not be written; make room, and repeat the command"),
+          atomic(path) as temporary, open(temporary, "wb") as file):
+        torch.save(content, file)  # given a name, it would write that name into the file
+
+
+# What train.py adds to a network's own facts, by type.
+RUN_FACTS = {"args": dict, "classes": list, "multilabel": bool, "images": list, "processes": int,
+             "seen_groups": list, "provenance": dict, "teachers": list, "taught_by": list,
+             "epoch": int, "train_accuracy": float, "validation": dict}
 
 
 def load_checkpoint(path):
     """model, facts: the network rebuilt from its own facts, in eval mode and without gradients."""
-    path = checkpoint_file(path)
+    path = run_file(path)
     content = read_weights(path)
-    if content.get("format") != FORMAT or not {"model", "facts"} <= content.keys():
-        raise UserError(f"a checkpoint of this project, format {FORMAT}, needed in {path}, found format "
-                        f"{content.get('format')}: update the code if that is higher, or train it anew")
-    facts = content["facts"]
-    model = bare_network(facts["arch"], facts["aux"])
-    replace_heads(model, facts["num_classes"])
-    model.transform_input = facts["transform_input"]
-    try:
+    with explain(f"{path} is not a checkpoint of this project"):
+        if content["format"] != FORMAT:
+            raise UserError(f"{path} has format {content['format']}, this code reads {FORMAT}. "
+                            f"Train it again, or use the code that wrote it")
+        facts = {**content["facts"], "sha256": content["sha256"]}
+        assert facts["size"] is None or 0 < facts["size"] < 10_000, "size"
+        if len(facts.keys() & RUN_FACTS) > 4:  # a run's checkpoint, not a network's alone
+            for name, kind in RUN_FACTS.items():
+                assert isinstance(facts[name], kind), name
+        model = bare_network(facts["arch"], facts["aux"])
+        replace_heads(model, facts["num_classes"])
+        model.transform_input = facts["transform_input"]
         model.load_state_dict(content["model"])
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit {facts['arch']}, the network it names "
-                        f"({str(error).splitlines()[1].strip()}): it is damaged") from None
-    model.facts = facts
+        model.facts = facts
     return model.eval().requires_grad_(False), facts

@@ -1,35 +1,28 @@
-"""What networks, training steps and distillation cost: Tables I and V, measured, with a GPU or without.
+"""What networks, training steps and distillation cost: Tables I and V, with a GPU or without.
 
-    python profile_gpu.py alexnet vgg16 resnet18 resnet34 inception_v3     networks, training, inference
-    python profile_gpu.py inception_v3 alexnet                             two: also teacher against student
-    python profile_gpu.py resnet18 --data data/chest_xray                  also how soon films are ready
+    python profile_gpu.py alexnet vgg16 resnet18 resnet34 inception_v3     networks, training, use
+    python profile_gpu.py inception_v3 alexnet                             two: also distillation
 
-What is timed is train_one_epoch itself, fed as train.py feeds it. Times are medians after a warm-up, and
-what is compared is measured in turns within one run. What this machine cannot measure is shown as n/a.
+What is timed is train_one_epoch, fed as train.py feeds it. Times are medians after a warm-up; what
+is compared is measured in turns within one run. What this machine cannot measure is shown as n/a.
 A table is {row: {column: figure}} from the measurement to the JSON.
 """
 
-import contextlib
+import argparse
 import gc
-import os
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.io import ImageReadMode, decode_image
 
-from data import UserError, decoding, device_flag, list_films, load, origin, parser, prepare, run
-from evaluate import markdown, write_json
-from models import AUX_WEIGHT, architectures, bare_network, build, cost, exported, features, forward, split
-from train import RECIPES, train_one_epoch, view_of
+import train
+from data import Help, markdown, number, origin, prepare, run, usable_device
+from evaluate import write_json
+from models import AUX_WEIGHT, bare_network, build, cost, forward, known_arch
 
-NATIVE = {"inception_v3": 299}  # the side of the films a network was made for; 224 for the others
-FILMS = 5216  # in an epoch, where hours are given: the public set's training films
+NATIVE = {"inception_v3": 299}  # the side of the images a network was made for; others 224
+IMAGES = 5216  # in an epoch, where hours are given: the public set's training images
 PAPER = {  # arXiv 2406.08837, Tables I and V: shown in brackets beside ours
     "alexnet": {"depth": 8, "parameters M": 64.90, "multiply-adds M": 750,
                 "GB allocated": 1.89, "GPU busy %": 44.44, "hours": 0.10},
@@ -38,10 +31,10 @@ PAPER = {  # arXiv 2406.08837, Tables I and V: shown in brackets beside ours
     "resnet34": {"depth": 35, "parameters M": 25.21, "multiply-adds M": 3750},
     "inception_v3": {"depth": 166, "parameters M": 24.79, "multiply-adds M": 5208,
                      "GB allocated": 3.54, "GPU busy %": 95.96, "hours": 0.81},
-}  # fmt: skip
+}
 
 
-# ---- instruments ------------------------------------------------------------------------------------
+# ---- instruments ---------------------------------------------------------------------------------
 
 
 def seconds(call, device):
@@ -58,10 +51,10 @@ def seconds(call, device):
     return start.elapsed_time(end) / 1e3
 
 
-def in_turns(calls, device, rounds):
+def interleaved(calls, device, rounds):
     """{name: [seconds, ...]}: after one round to warm up, every call once a round, there and back.
 
-    A machine that slows down for a while then slows all of them, and ratios within a round stay true.
+    A machine that slows down for a while then slows all of them, and ratios within a round hold.
     """
     times = {name: [] for name in calls}
     for i in range(rounds + 1):
@@ -71,154 +64,132 @@ def in_turns(calls, device, rounds):
 
 
 def gpu_usage(call, device):
-    """Peak memory in GB, allocated and reserved, and the seconds that a GPU spent inside kernels, by torch's
-    profiler; None without a GPU."""
+    """Peak memory in GB, allocated and reserved, and the seconds that the GPU spent in kernels, by
+    torch's profiler; None without a GPU."""
     if device.type != "cuda":
         return None, None, None
-    gc.collect()  # networks measured before may hang in circles of references
+    gc.collect()  # networks measured before may still hang in circles of references
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)  # what the warm-up took is not this call's
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize(device)
-    busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
-    return torch.cuda.max_memory_allocated(device) / 1e9, torch.cuda.max_memory_reserved(device) / 1e9, busy
+    busy = sum(event.self_device_time_total for event in profile.key_averages()
+               if not event.is_user_annotation) / 1e6  # an annotation spans kernels counted already
+    return (torch.cuda.max_memory_allocated(device) / 1e9,
+            torch.cuda.max_memory_reserved(device) / 1e9, busy)
 
 
-# ---- what is measured -------------------------------------------------------------------------------
+# ---- what is measured ----------------------------------------------------------------------------
 
 
 def network(model, size):
     """Table I: what the published network is made of, with its 1000 classes."""
     c = cost(model, size)
     return {"size": size, "depth": c["depth"], "parameters M": c["parameters"] / 1e6,
-            "auxiliary M": c["auxiliary_parameters"] / 1e6, "multiply-adds M": c["multiply_adds"] / 1e6,
-            "MB": c["megabytes"]}
+            "auxiliary M": c["auxiliary_parameters"] / 1e6,
+            "multiply-adds M": c["multiply_adds"] / 1e6, "MB": c["megabytes"]}
+
+
+def random_images(n, size, device):
+    return torch.randint(0, 256, (n, 1, size, size), dtype=torch.uint8, device=device)
 
 
 def make_epoch(arch, size, args, device):
-    """A network, random films lying on the device, and epoch(): train_one_epoch over all of them."""
+    """A model, its optimizer, images, labels, and epoch(teachers), fed as train.py feeds it."""
     model = build(arch, 2, size).to(device, memory_format=torch.channels_last)
-    sgd = torch.optim.SGD(model.parameters(), 1e-4, 0.9, fused=True)
-    n = args.batch_size * args.steps
-    images = torch.randint(0, 256, (n, 1, size, size), dtype=torch.uint8, device=device)
-    labels = torch.randint(0, 2, (n,), device=device)
-    parts = torch.randperm(n, device=device).split(args.batch_size)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4, 0.9, fused=True)
+    images = random_images(args.batch_size * args.steps, size, device)
+    labels = torch.randint(0, 2, (len(images),), device=device)
+    flags = train.get_args(["--role", "baseline", "--batch-size", str(args.batch_size),
+                            "--device", str(device)])
 
-    films = view_of(images, device)
+    def epoch(teachers=()):
+        order = torch.Generator().manual_seed(0)
+        batches = train.paired_batches((images, None), labels, teachers, flags, order, device)
+        train.train_one_epoch(model, batches, optimizer, aux_weight=AUX_WEIGHT.get(arch, 0.0),
+                              amp=train.use_amp(flags))
 
-    def epoch(learner=model, view=films, optimizer=sgd, teacher=None):
-        train_one_epoch(learner, view, labels, parts, optimizer, teacher,
-                        aux_weight=AUX_WEIGHT.get(arch, 0.0), amp=device.type == "cuda")
-
-    return model, sgd, images, labels, parts, epoch
+    return model, optimizer, images, labels, epoch
 
 
 def training(arch, size, args, device):
-    """Table V: speed, memory and GPU use of the project's training loop."""
+    """Table V: speed, memory and GPU use of an epoch in which all layers learn."""
     *_, epoch = make_epoch(arch, size, args, device)
     n = args.batch_size * args.steps
-    wall = median(in_turns({"epoch": epoch}, device, args.rounds)["epoch"])
+    wall = median(interleaved({"epoch": epoch}, device, args.rounds)["epoch"])
     allocated, reserved, busy = gpu_usage(epoch, device)
-    return {"GB allocated": allocated, "GB reserved": reserved, "GPU busy %": busy and 100 * busy / wall,
-            "films/s": n / wall, "GPU s per 1000 films": busy and 1000 * busy / n,
-            "hours": RECIPES["pneumonia"]["student"]["epochs"] * FILMS * wall / n / 3600}
+    epochs = train.RECIPES["pneumonia"]["student"]["epochs"]
+    return {"GB allocated": allocated, "GB reserved": reserved,
+            "GPU busy %": busy and 100 * busy / wall, "images/s": n / wall,
+            "GPU s per 1000 images": busy and 1000 * busy / n,
+            "hours": epochs * IMAGES * wall / n / 3600}
 
 
 def inference(model, size, args, device):
-    """Latency of one film, asked of the network and of its export, and throughput of many; from bytes to
-    logits, without a GPU with one thread and with all of them."""
+    """Latency of one image and throughput of many, from bytes to logits; without a GPU with one
+    thread and with all of them."""
     model.to(device, memory_format=torch.channels_last).eval()
-    many = torch.randint(0, 256, (args.many, 1, size, size), dtype=torch.uint8, device=device)
-    ask = torch.inference_mode()(lambda films: forward(model, prepare(films, device)))
-    calls = {"eager": lambda: ask(many[:1])}
-    with contextlib.suppress(UserError):  # a network that cannot be exported
-        program = torch.inference_mode()(exported(model, size).module())
-        calls["exported"] = lambda: program(many[:1])
+    many = random_images(args.many, size, device)
+
+    @torch.inference_mode()
+    def ask(images):
+        return forward(model, prepare(images, device))
+
     out, threads = {}, torch.get_num_threads()
     for count in sorted({1, threads}) if device.type == "cpu" else [threads]:
         torch.set_num_threads(count)
-        one = in_turns(calls, device, 4 * args.rounds + 20)
-        batch = median(in_turns({"": lambda: ask(many)}, device, args.rounds)[""])
+        one = interleaved({"": lambda: ask(many[:1])}, device, 4 * args.rounds + 20)[""]
+        batch = median(interleaved({"": lambda: ask(many)}, device, args.rounds)[""])
         out["GPU" if device.type == "cuda" else f"{count} thread{'s' * (count > 1)}"] = {
-            "median ms": 1e3 * median(one["eager"]),
-            "95 % ms": 1e3 * sorted(one["eager"])[int(0.95 * len(one["eager"]))],
-            "exported ms": 1e3 * median(one["exported"]) if "exported" in one else None,
-            "films/s": args.many / batch,
-            "GB allocated": gpu_usage(lambda: ask(many), device)[0],
-        }
+            "median ms": 1e3 * median(one), "95 % ms": 1e3 * sorted(one)[int(0.95 * len(one))],
+            "images/s": args.many / batch, "GB allocated": gpu_usage(lambda: ask(many), device)[0]}
     torch.set_num_threads(threads)
     return out
 
 
 def distillation(teacher_arch, student_arch, sizes, args, device):
-    """A step of training, five ways, and their ratios to the bare loop."""
-    model, sgd, images, labels, parts, epoch = make_epoch(student_arch, sizes[student_arch], args, device)
-    ready = [(prepare(images[index], device), labels[index]) for index in parts]
+    """A step of training, four ways, and their ratios to the bare loop."""
+    model, optimizer, images, labels, epoch = make_epoch(student_arch, sizes[student_arch], args,
+                                                         device)
+    ready = [(prepare(images[rows], device), labels[rows])
+             for rows in torch.arange(len(images)).split(args.batch_size)]
 
-    def bare():  # the yardstick: nothing but forward, backward and step, over tensors that lie ready
+    def bare():  # the yardstick: only forward, backward and step, over tensors that lie ready
         model.train()
         for x, y in ready:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits, _ = forward(model, x)
-            sgd.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             F.cross_entropy(logits.float(), y).backward()
-            sgd.step()
+            optimizer.step()
 
     side = sizes[teacher_arch]
     teacher = build(teacher_arch, 2, side).to(device, memory_format=torch.channels_last).eval()
-    shape = (len(images), 1, side, side)
-    large = view_of(torch.randint(0, 256, shape, dtype=torch.uint8, device=device), device)
-    table = view_of(torch.randn(len(images), 2), device)
-
-    fixed = build(student_arch, 2, sizes[student_arch]).to(device, memory_format=torch.channels_last)
-    tail = split(fixed, "head")
-    shape = features(fixed, tail, ready[0][0]).shape[1:]
-    reached = view_of(torch.randn(len(images), *shape), device)
-    head_sgd = torch.optim.SGD(tail.parameters(), 1e-4, 0.9, fused=True)
-
-    times = in_turns({
+    live = (random_images(len(images), side, device), lambda x: train.answer(teacher, x))
+    table = (torch.randn(len(images), 2, device=device), None)
+    times = interleaved({
         "a bare loop": bare,
         "b baseline": epoch,
-        "c teacher's table": lambda: epoch(teacher=table),
-        "d teacher asked live": lambda: epoch(teacher=lambda index: forward(teacher, large(index))[0]),
-        "e head on features": lambda: epoch(tail, reached, head_sgd),
+        "c teacher's table": lambda: epoch([table]),
+        "d teacher asked live": lambda: epoch([live]),
     }, device, args.rounds)
-    base = times["a bare loop"], times["c teacher's table"]
+    a, c = times["a bare loop"], times["c teacher's table"]
     return {name: {"seconds": median(spent) / args.steps,
-                   "ratio to a": median(s / a for s, a in zip(spent, base[0], strict=True)),
-                   "ratio to c": median(s / c for s, c in zip(spent, base[1], strict=True))}
+                   "ratio to a": median(s / base for s, base in zip(spent, a, strict=True)),
+                   "ratio to c": median(s / base for s, base in zip(spent, c, strict=True))}
             for name, spent in times.items()}
 
 
-def loading(source, size):
-    """How soon the training films are ready, beside the time that decode_image alone takes on all cores."""
-    films = [f for f in list_films(source)[0] if f.part == "train"]
-    device, grey = torch.device("cpu"), ImageReadMode.GRAY
-    block = np.empty((len(films), 1, size, size), np.uint8)
-
-    def cold():
-        with tempfile.TemporaryDirectory() as cache:
-            load(source, size, cache=cache)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tempfile.TemporaryDirectory() as cache:
-        times = in_turns({  # the first round reads the files from the disk, and is not counted
-            "decode_image alone": lambda: list(pool.map(lambda f: decode_image(f.path, grey), films)),
-            "decoding of a cold start": lambda: decoding(films, size)(block, 0),
-            "cold start, with listing and writing": cold,
-            "warm start": lambda: load(source, size, cache=cache),
-        }, device, rounds=7)
-    return {name: {"films": len(films), "seconds": median(spent)} for name, spent in times.items()}
-
-
-# ---- what is shown ----------------------------------------------------------------------------------
+# ---- what is shown -------------------------------------------------------------------------------
 
 
 def ratios(rows):
-    """The teacher's figures over the student's, of each its last row: what it saves, and what it does not."""
+    """The teacher's figures over the student's, of each its last row."""
     rows = list(rows.values())
     teacher, student = rows[len(rows) // 2 - 1], rows[-1]
-    return {column: teacher[column] / student[column] if student[column] else None for column in teacher}
+    return {column: teacher[column] / student[column] if student[column] else None
+            for column in teacher}
 
 
 def show(title, rows):
@@ -230,51 +201,48 @@ def show(title, rows):
         text = "n/a" if value is None else f"{value:,.0f}" if rounded else f"{value:#.4g}"
         return text + (f" ({paper})" if paper else "")
 
-    lines = [[row, *(cell(row, *item) for item in columns.items())] for row, columns in rows.items()]
+    lines = [[row, *(cell(row, *item) for item in columns.items())]
+             for row, columns in rows.items()]
     print("\n".join(markdown([title, *next(iter(rows.values()))], lines)))
 
 
 def get_args(argv=None):
-    p = parser("profile_gpu.py ARCH [ARCH ...]", __doc__)
+    p = argparse.ArgumentParser(usage="python profile_gpu.py ARCH [ARCH ...] [FLAGS]",
+                                description=__doc__, formatter_class=Help, allow_abbrev=False)
     g = p.add_argument_group("what is measured")
-    g.add_argument("networks", nargs="+", metavar="ARCH", choices=architectures(),
+    g.add_argument("networks", nargs="+", metavar="ARCH", type=known_arch,
                    help="networks of torchvision; if two: teacher, then student")
-    g.add_argument("--size", type=int, help="side of the films; left out, 224, and 299 for inception_v3")
-    g.add_argument("--data", metavar="DIR", help="also how soon the films in this folder are ready")
+    count = number(int, 1)
+    g.add_argument("--size", type=count, help="side of the images; without, 224 or 299")
     g = p.add_argument_group("how much of it")
-    g.add_argument("--batch-size", type=int, default=32, help="films a training step")
-    g.add_argument("--many", type=int, default=64, help="films at once in inference")
-    g.add_argument("--steps", type=int, help="training steps timed together; left out, 2, on a GPU 20")
-    g.add_argument("--rounds", type=int, default=5, help="times that each is measured")
+    g.add_argument("--batch-size", type=number(int, 2), default=32, help="images a training step")
+    g.add_argument("--many", type=count, default=64, help="images at once in inference")
+    g.add_argument("--steps", type=count, default=20 if torch.cuda.is_available() else 2,
+                   help="training steps timed together")
+    g.add_argument("--rounds", type=count, default=5, help="times each is measured")
     g = p.add_argument_group("where, and what is kept")
-    device_flag(g)
+    g.add_argument("--device", type=usable_device, help="cpu, cuda or cuda:N",
+                   default="cuda" if torch.cuda.is_available() else "cpu")
     g.add_argument("--json", metavar="FILE", help="write every figure there")
-    args = p.parse_args(argv)
-    args.steps = (20 if args.device.startswith("cuda") else 2) if args.steps is None else args.steps
-    if min(args.batch_size, args.many, args.steps + 1, args.rounds + 1) < 2:
-        p.error("--batch-size and --many must be at least 2, --steps and --rounds at least 1")
-    if args.data and not Path(args.data).is_dir():
-        p.error(f"--data needs a folder of films to be timed, {args.data} is none")
-    return args
+    return p.parse_args(argv)
 
 
 def main(argv=None):
     args = get_args(argv)
     device, networks, trained, asked = torch.device(args.device), {}, {}, {}
-    tables = {"network (the paper)": networks, "training (the paper)": trained, "inference": asked}
-    sizes = {arch: NATIVE.get(arch, 224) if args.size is None else args.size for arch in args.networks}
+    tables = {"network (the paper)": networks, "training, all layers (the paper)": trained,
+              "inference": asked}
+    sizes = {arch: args.size or NATIVE.get(arch, 224) for arch in args.networks}
     for arch, size in sizes.items():
         trained[arch] = training(arch, size, args, device)
         published = bare_network(arch, aux=True)  # 1000 classes
         networks[arch] = network(published, size)
-        places = inference(published, size, args, device)
-        asked |= {f"{arch}, {place}": figures for place, figures in places.items()}
+        for place, figures in inference(published, size, args, device).items():
+            asked[f"{arch}, {place}"] = figures
     if len(sizes) == 2:
         for rows in tables.values():
             rows["teacher / student"] = ratios(rows)
         tables["a step"] = distillation(*sizes, sizes, args, device)
-    if args.data:
-        tables["films ready"] = loading(args.data, next(iter(sizes.values())))
     source = origin(device)
     print(f"\n{source['device']}, torch {source['torch']}, batches of {args.batch_size}")
     for title, rows in tables.items():

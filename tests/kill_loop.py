@@ -3,8 +3,9 @@ that was never stopped. Too slow for the suite:
 
     python tests/kill_loop.py --kills 50
 
-Each round begins with nothing, so that kills fall into the cache of films, the teacher's table, epochs and
-the writing of checkpoints alike. Children are forked, so a kill costs no import.
+Each round begins with nothing, so that kills fall into the cache of images, the teacher's table, epochs and
+the writing of checkpoints alike. Children are forked, so a kill costs no import. A killed process may leave a
+.part file behind, which nobody reads.
 """
 
 import csv
@@ -22,13 +23,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # torch.set_num_threads would not survive a
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from conftest import asked_for, film  # noqa: E402
+from conftest import asked_for, image_file  # noqa: E402
 
 import evaluate  # noqa: E402
+import models  # noqa: E402
 import train  # noqa: E402
 
-SMALL = ["--recipe", "scratch", "--arch", "squeezenet1_1", "--size", "48", "--epochs", "4"]
-SMALL += ["--batch-size", "16", "--val-fraction", "0.25", "--data", "films", "--device", "cpu"]
+SMALL = ["--recipe", "scratch", "--arch", "shufflenet_v2_x0_5", "--size", "48", "--epochs", "4"]
+SMALL += ["--batch-size", "16", "--val-fraction", "0.25", "--data", "images", "--device", "cpu"]
 TEACHER = ["--role", "teacher", *SMALL, "--out", "teacher"]
 STUDENT = ["--role", "student", *SMALL, "--teacher", "teacher", "--T", "3", "--out", "student"]
 
@@ -50,21 +52,20 @@ def child(argv):
 
 
 def ending():
-    """Everything that must not differ: weights, optimiser, history without its seconds, test figures."""
-    files = [torch.load(f"student/{name}.pt", weights_only=True) for name in ("best", "last")]
-    tensors = [t for file in files for t in file["model"].values()]
-    tensors += [v for state in files[1]["facts"]["optimizer"]["state"].values() for v in state.values()]
-    rows = list(csv.DictReader(open("student/history.csv")))
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    """Everything that must not differ: the best weights, the history without its seconds, the test figures."""
+    weights = models.load_checkpoint("student")[0].state_dict()
+    with open("student/history.csv", newline="") as file:
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
     with open(os.devnull, "w") as sys.stdout:
         evaluate.main(["student"])
     sys.stdout = sys.__stdout__
-    figures = json.loads(Path("student/metrics.json").read_text())["test"]
-    return [t.clone() for t in tensors if isinstance(t, torch.Tensor)], rows, figures
+    kept = json.loads(Path("student/metrics.json").read_text())
+    figures = {k: v for k, v in kept.items() if k not in ("trained_by", "judged_by")}  # those tell no figures
+    return weights, rows, figures
 
 
 def same(a, b):
-    return a[1:] == b[1:] and len(a[0]) == len(b[0]) and all(map(torch.equal, a[0], b[0]))
+    return a[1:] == b[1:] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
 
 
 def main():
@@ -73,19 +74,23 @@ def main():
     os.chdir(tempfile.mkdtemp())
     for part, n in (("train", 60), ("test", 16)):
         for i in range(n):
-            film(Path(f"films/{part}/{('NORMAL', 'PNEUMONIA')[i % 2]}/{part}-{i}.png"), side=64)
+            image_file(Path(f"images/{part}/{('NORMAL', 'PNEUMONIA')[i % 2]}/{part}-{i}.png"), side=64)
     assert os.waitpid(child(TEACHER), 0)[1] == 0, Path("log").read_text()
-    shutil.rmtree("cache")
-    start = time.perf_counter()
-    assert os.waitpid(child(STUDENT), 0)[1] == 0, Path("log").read_text()
-    length, expected = time.perf_counter() - start, ending()
+    lengths = []
+    for _ in range(3):
+        for folder in ("student", "cache"):
+            shutil.rmtree(folder, ignore_errors=True)
+        start = time.perf_counter()
+        assert os.waitpid(child(STUDENT), 0)[1] == 0, Path("log").read_text()
+        lengths.append(time.perf_counter() - start)
+    length, expected = min(lengths), ending()  # the first may be slower, and kills after the end are none
     kills = endings = 0
     while min(kills, endings) < wanted:
         for folder in ("student", "cache"):
             shutil.rmtree(folder, ignore_errors=True)
         for _ in range(50):
             pid = child(STUDENT)
-            time.sleep(random.uniform(0, 1.1 * length))
+            time.sleep(random.uniform(0, length))
             os.kill(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]
             if not os.WIFSIGNALED(status):
@@ -94,8 +99,6 @@ def main():
             kills += 1
         endings += 1
         assert same(ending(), expected), f"ending {endings} differs from the run that was not stopped"
-        left = [str(path) for path in Path().rglob("*.part")]
-        assert not left, left
         print(f"{kills} kills, {endings} endings, all with the same bits", flush=True)
 
 

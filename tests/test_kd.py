@@ -108,7 +108,7 @@ def test_T_squared_keeps_the_gradient_from_shrinking():
     assert norms[0] == pytest.approx(norms[1], rel=0.01)
 
 
-def test_the_loss_is_a_mean_over_films_and_not_over_classes():
+def test_the_loss_is_a_mean_over_images_and_not_over_classes():
     s, t = tensor(S3), tensor(T3)
     assert kd_loss(s.repeat(2, 1), t.repeat(2, 1), 4).item() == pytest.approx(
         kd_loss(s, t, 4).item(), rel=1e-12
@@ -118,7 +118,7 @@ def test_the_loss_is_a_mean_over_films_and_not_over_classes():
     assert wider.item() == pytest.approx(kd_loss(s, t, 4).item(), rel=1e-12)
 
 
-def test_a_shift_of_a_films_logits_changes_nothing_for_softmax_but_is_seen_by_sigmoid():
+def test_a_shift_of_an_images_logits_changes_nothing_for_softmax_but_is_seen_by_sigmoid():
     s, t = tensor(S3), tensor(T3)
     assert kd_loss(s + 7, t - 3, 4).item() == pytest.approx(kd_loss(s, t, 4).item(), rel=1e-9)
     assert kd_loss(t + 2, t, 4).item() == pytest.approx(0, abs=1e-12)
@@ -181,13 +181,49 @@ def test_sigmoid_loss_is_the_two_class_softmax_loss_of_each_finding():
 def test_masked_findings_count_for_nothing():
     s, t = torch.randn(4, 3), torch.randn(4, 3)
     mask = torch.tensor([[True, False, True]] * 4)
-    known = binary_kd_loss(s[:, ::2], t[:, ::2], 2.0)
-    assert torch.isclose(binary_kd_loss(s, t, 2.0, mask), known)
+    assert torch.isclose(binary_kd_loss(s, t, 2.0, mask), binary_kd_loss(s[:, ::2], t[:, ::2], 2.0))
     assert binary_kd_loss(s, t, 2.0, torch.zeros_like(mask)) == 0
-    labels = torch.tensor([[1.0, math.nan, 0.0]] * 4)
-    assert torch.isclose(label_loss(s, labels), label_loss(s[:, ::2], labels[:, ::2]))
-    total, hard, soft = distillation_loss(s, t, labels, 2.0, 0.5)
-    assert torch.isclose(soft, known) and torch.isclose(total, (hard + soft) / 2)
+
+
+def test_unknown_labels_count_for_nothing_in_the_label_loss():
+    s, y = torch.randn(6, 3), torch.tensor([0, -1, 2, 1, -1, 0])
+    alone = F.cross_entropy(s[y >= 0], y[y >= 0])
+    assert torch.isclose(label_loss(s, y), alone)
+    smooth = F.cross_entropy(s[y >= 0], y[y >= 0], label_smoothing=0.2)
+    assert torch.isclose(label_loss(s, y, 0.2), smooth)
+    several = torch.tensor([[1.0, math.nan, 0.0]] * 6)
+    known = F.binary_cross_entropy_with_logits(s[:, ::2], several[:, ::2])
+    assert torch.isclose(label_loss(s, several), known)
+    for nothing in (torch.full((6,), -1), torch.full((6, 3), math.nan)):
+        s.requires_grad_(True)
+        value = label_loss(s, nothing)
+        value.backward()
+        assert value == 0 and not s.grad.any()
+
+
+def test_the_teacher_is_heard_on_every_image_also_where_the_label_is_unknown():
+    s, t, T = torch.randn(6, 3), torch.randn(6, 3), 2.0
+    one, several = torch.tensor([0, -1, 2, -1, -1, 0]), torch.tensor([[1.0, math.nan, 0.0]] * 6)
+    for labels, loss in ((one, kd_loss), (several, binary_kd_loss)):
+        total, hard, soft = distillation_loss(s, t, labels, T, 0.25)
+        assert torch.equal(soft, loss(s, t, T)) and torch.equal(hard, label_loss(s, labels))
+        assert torch.isclose(total, 0.75 * hard + 0.25 * soft)
+        changed = t.clone()
+        changed[1, 1] += 5  # an unknown label, in both
+        assert not torch.isclose(distillation_loss(s, changed, labels, T, 0.25)[2], soft)
+        unlabelled = torch.full_like(labels, -1 if labels.dim() == 1 else math.nan)
+        assert torch.isclose(distillation_loss(s, t, unlabelled, T, 0.25)[0], 0.25 * soft)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, -1, 2, -1, -1], [[1, math.nan, 0], [0, 1, 1]] * 3])
+def test_processes_that_divide_by_one_number_of_labels_average_to_the_whole_batch(labels):
+    s, t, y = torch.randn(6, 3), torch.randn(6, 3), torch.tensor(labels)
+    mean_count = (y >= 0).sum() / 2  # the mean over two processes, whose shares differ
+    halves = [label_loss(s[i : i + 3], y[i : i + 3], n_known=mean_count) for i in (0, 3)]
+    assert torch.isclose(sum(halves) / 2, label_loss(s, y))
+    halves = [distillation_loss(s[i : i + 3], t[i : i + 3], y[i : i + 3], 3.0, 0.4, mean_count)[0]
+              for i in (0, 3)]  # fmt: skip
+    assert torch.isclose(sum(halves) / 2, distillation_loss(s, t, y, 3.0, 0.4)[0])
 
 
 def test_label_smoothing_is_torchs_own_for_one_label_and_its_two_class_form_for_findings():
@@ -207,10 +243,18 @@ def test_several_teachers_speak_with_the_mean_of_their_softened_probabilities():
     assert mean_teacher([a], T) is a
 
 
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_teachers_under_bfloat16_are_averaged_in_float32(multilabel):
+    halves = [(8 * torch.randn(40, 3)).bfloat16() for _ in range(3)]
+    together = mean_teacher(halves, 2.0, multilabel)
+    exact = mean_teacher([z.double() for z in halves], 2.0, multilabel)
+    assert together.dtype == torch.float32 and torch.allclose(together.double(), exact, atol=1e-4)
+
+
 @pytest.mark.parametrize("T, shapes, says", [
     (1.0, ((4, 1), (4, 1)), "binary_kd_loss"),
-    (1.0, ((4, 2), (4, 3)), "same films and classes"),
-    (1.0, ((4,), (4,)), r"\(films, classes\)"),
+    (1.0, ((4, 2), (4, 3)), "same images and classes"),
+    (1.0, ((4,), (4,)), r"\(images, classes\)"),
     (0.0, ((4, 2), (4, 2)), "above 0"),
     (-1.0, ((4, 2), (4, 2)), "above 0"),
     (math.nan, ((4, 2), (4, 2)), "above 0"),

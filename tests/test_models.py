@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import models
+import profile_gpu
+import train
 from data import UserError, prepare
 
 OURS = [
@@ -56,7 +58,7 @@ def test_parameter_counts_with_two_classes_are_the_published_ones():
         assert sum(p.numel() for p in models.build(arch, 2, size).parameters()) == count
 
 
-def test_auxiliary_heads_are_there_where_the_film_is_large_enough_and_only_there():
+def test_auxiliary_heads_are_there_where_the_image_is_large_enough_and_only_there():
     model = models.build("inception_v3", 2, size=299).train()
     logits, aux = models.forward(model, torch.randn(2, 3, 299, 299))
     assert logits.shape == (2, 2) and [a.shape for a in aux] == [(2, 2)]
@@ -68,16 +70,21 @@ def test_auxiliary_heads_are_there_where_the_film_is_large_enough_and_only_there
 
 
 @pytest.mark.parametrize("arch, size, says", [
-    ("alexnet", 62, "it takes 64"), ("inception_v3", 74, "it takes 80"), ("vit_b_16", 112, "it takes 224"),
+    ("alexnet", 62, "Output size is too small"), ("inception_v3", 74, "Calculated padded input size"),
+    ("vit_b_16", 112, "Wrong image height"),
 ])  # fmt: skip
-def test_a_size_that_a_network_cannot_take_is_refused_with_those_that_it_can(arch, size, says):
-    with pytest.raises(UserError, match=f"{size} x {size} pixels; .*{says}.*--size"):
+def test_a_size_that_a_network_cannot_take_is_refused_in_one_line_with_torchs_reason(arch, size, says):
+    with pytest.raises(UserError, match=f"{arch} cannot take images of {size} x {size} pixels.*--size") as error:
         models.build(arch, 2, size)
+    assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_unknown_network_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match="alexnet, .*got alexnett"):
-        models.build("alexnett", 2)
+@pytest.mark.parametrize("script", [["--role", "teacher", "--arch"], []])
+def test_an_unknown_network_is_answered_with_the_nearest_ones(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        (train.get_args if script else profile_gpu.get_args)([*script, "alexnett"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "no network is called alexnett; near are alexnet" in said
 
 
 # ---- freezing
@@ -89,8 +96,8 @@ def test_an_unknown_network_is_answered_with_the_known_ones():
 ])  # fmt: skip
 def test_freezing_leaves_exactly_the_stated_parameters_to_learn(arch, finetune, learning):
     model = models.build(arch, 2, 64)
-    tail = models.split(model, finetune)
-    assert sum(p.numel() for p in tail.parameters()) == learning
+    learner = models.freeze(model, finetune)
+    assert sum(p.numel() for p in learner.parameters()) == learning
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == learning
 
 
@@ -98,25 +105,41 @@ def test_freezing_leaves_exactly_the_stated_parameters_to_learn(arch, finetune, 
     "arch", ["alexnet", "googlenet", "shufflenet_v2_x0_5", "squeezenet1_1", "densenet121"]
 )
 @pytest.mark.parametrize("finetune", ["fc", "head"])
-def test_the_tail_makes_of_the_features_what_the_network_makes_of_the_film(arch, finetune):
+def test_the_learner_makes_of_the_features_what_the_network_makes_of_the_image(arch, finetune):
     model = models.build(arch, 2, 64)
-    tail = models.split(model, finetune)
+    learner = models.freeze(model, finetune)
     model.eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        whole, parts = model(images), tail(models.features(model, tail, images))
+        whole, parts = model(images), learner(models.features(model, learner, images))
     assert torch.allclose(whole, parts.flatten(1), atol=1e-5)
-    assert not tail._forward_pre_hooks
+    assert not learner._forward_pre_hooks
 
 
 def test_reading_features_moves_no_average_and_drops_nothing():
     model = models.build("googlenet", 2, 64)
-    tail = models.split(model, "head")
-    tail.train()  # as the loop does
+    learner = models.freeze(model, "head")
+    learner.train()  # as the loop does
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    a, b = (models.features(model, tail, torch.ones(2, 3, 64, 64)) for _ in range(2))
+    a, b = (models.features(model, learner, torch.ones(2, 3, 64, 64)) for _ in range(2))
     assert torch.equal(a, b)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_what_is_frozen_is_known_by_a_hash_that_its_averages_change_and_the_learner_does_not():
+    model = models.build("resnet18", 2, 64)
+    models.freeze(model, "head")
+    before = models.frozen_hash(model)
+    with torch.no_grad():
+        model.fc.weight.add_(1)
+    assert models.frozen_hash(model) == before
+    for change in (lambda: model.bn1.running_mean.add_(1), lambda: model.bn1.running_var.mul_(2),
+                   lambda: model.conv1.weight.data.mul_(2),
+                   lambda: model.facts.update(input="residual"),
+                   lambda: model.facts.update(transform_input=True)):  # fmt: skip
+        known = models.frozen_hash(model)
+        change()
+        assert models.frozen_hash(model) != known
 
 
 # ---- files
@@ -132,6 +155,12 @@ def test_a_checkpoint_gives_back_the_same_logits_facts_and_a_frozen_network_in_e
         facts["classes"] == ["a", "b", "c"] and facts["epoch"] == 4 and facts["arch"] == "shufflenet_v2_x0_5"
     )
     assert not again.training and not any(p.requires_grad for p in again.parameters())
+
+
+def test_a_checkpoint_is_known_by_the_hash_of_its_bytes(tmp_path):
+    models.save_checkpoint(tmp_path / "best.pt", models.build("squeezenet1_1", 2, 32), epoch=1)
+    _, facts = models.load_checkpoint(tmp_path)
+    assert facts["sha256"] == hashlib.sha256((tmp_path / "best.pt").read_bytes()).hexdigest()
 
 
 def test_transform_input_survives_save_and_load(tmp_path):
@@ -156,7 +185,34 @@ def test_weights_from_a_file_fill_everything_but_the_new_head(tmp_path):
         assert model.fc.out_features == 2
         for name, value in source.state_dict().items():
             assert name.startswith("fc.") or torch.equal(model.state_dict()[name], value)
-        assert model.transform_input == (file == "ours.pt")
+
+
+@pytest.mark.parametrize("arch", ["inception_v3", "googlenet"])
+def test_a_plain_state_dict_was_made_for_other_inputs_and_our_own_checkpoint_says_itself(arch, tmp_path):
+    source = models.build(arch, 2, 80)
+    torch.save(source.state_dict(), tmp_path / "plain.pth")
+    model = models.build(arch, 2, 80, weights=str(tmp_path / "plain.pth"))
+    assert model.transform_input is True and model.facts["transform_input"] is True
+    for said in (False, True):
+        source.facts["transform_input"] = said
+        models.save_checkpoint(tmp_path / "ours.pt", source)
+        ours = models.build(arch, 2, 80, weights=str(tmp_path / "ours.pt"))
+        assert ours.transform_input is said and ours.facts["transform_input"] is said
+    assert models.build(arch, 2, 80).transform_input is False  # random weights were made for nothing
+
+
+def test_a_plain_state_dict_of_another_network_changes_nothing_about_its_input(tmp_path):
+    torch.save(models.build("squeezenet1_1", 2, 64).state_dict(), tmp_path / "plain.pth")
+    model = models.build("squeezenet1_1", 2, 64, weights=str(tmp_path / "plain.pth"))
+    assert model.transform_input is False and model.facts["transform_input"] is False
+
+
+def test_whose_images_first_weights_have_learned_from_is_remembered_through_a_file(tmp_path):
+    source = models.build("squeezenet1_1", 2, 64)
+    models.save_checkpoint(tmp_path / "a.pt", source, seen_groups=["patient7"])
+    model = models.build("squeezenet1_1", 3, 64, weights=str(tmp_path / "a.pt"))
+    assert model.facts["seen_groups"] == ["patient7"]
+    assert models.build("squeezenet1_1", 3, 64).facts["seen_groups"] == []
 
 
 def test_mnasnets_weights_load_by_the_version_that_torchvision_notes_in_them(tmp_path):
@@ -181,7 +237,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
         models.build("resnet18", 2, 64, weights=str(tmp_path / "a.pt"))
 
 
-def imagenet_file(arch, state, folder, monkeypatch, truthful=True):
+def place_imagenet_file(arch, state, folder, monkeypatch, truthful=True):
     """Put a file where torchvision's weights are looked for, under a name with its own hash.
 
     Like torchvision's oldest files it lacks BatchNorm's counters.
@@ -213,7 +269,7 @@ def torch_home(tmp_path, monkeypatch):
 
 def test_imagenet_weights_placed_by_hand_are_used_after_their_hash_was_checked(torch_home, monkeypatch):
     source = models.bare_network("inception_v3", aux=True)
-    imagenet_file("inception_v3", source.state_dict(), torch_home, monkeypatch)
+    place_imagenet_file("inception_v3", source.state_dict(), torch_home, monkeypatch)
     model = models.build("inception_v3", 2, 80, weights="imagenet")
     assert model.transform_input and model.facts["transform_input"]
     assert torch.equal(model.Mixed_7c.branch1x1.conv.weight, source.Mixed_7c.branch1x1.conv.weight)
@@ -222,7 +278,7 @@ def test_imagenet_weights_placed_by_hand_are_used_after_their_hash_was_checked(t
 def test_densenets_old_names_are_understood(torch_home, monkeypatch):
     source = models.bare_network("densenet121", aux=False).state_dict()
     old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", k): v for k, v in source.items()}
-    imagenet_file("densenet121", old, torch_home, monkeypatch)
+    place_imagenet_file("densenet121", old, torch_home, monkeypatch)
     model = models.build("densenet121", 2, 64, weights="imagenet")
     name = "features.denseblock1.denselayer1.norm1.weight"
     assert torch.equal(model.state_dict()[name], source[name])
@@ -230,31 +286,33 @@ def test_densenets_old_names_are_understood(torch_home, monkeypatch):
 
 def test_imagenet_weights_whose_hash_is_wrong_are_refused(torch_home, monkeypatch):
     state = models.bare_network("squeezenet1_1", aux=False).state_dict()
-    imagenet_file("squeezenet1_1", state, torch_home, monkeypatch, truthful=False)
-    with pytest.raises(UserError, match="SHA-256 that begins with 00000000"):
+    place_imagenet_file("squeezenet1_1", state, torch_home, monkeypatch, truthful=False)
+    with pytest.raises(UserError, match="is damaged: its SHA-256 does not begin with 00000000"):
         models.build("squeezenet1_1", 2, 64, weights="imagenet")
 
 
 def test_without_a_network_imagenet_weights_are_an_error_that_says_where_the_file_goes(
     torch_home, monkeypatch
 ):
-    path = imagenet_file("squeezenet1_1", {}, torch_home, monkeypatch)
+    path = place_imagenet_file("squeezenet1_1", {}, torch_home, monkeypatch)
     path.unlink()
-    with pytest.raises(UserError, match=f"put the file at {path}, or start .* --recipe scratch"):
+    with pytest.raises(UserError, match=f"Put that file at {path}, or start from random weights: --weights none"):
         models.build("squeezenet1_1", 2, 64, weights="imagenet")
 
 
 @pytest.mark.parametrize("content, says", [
     (b"", "not a readable file"),
     (b"PK\x03\x04 truncated", "not a readable file"),
-    ({"a": torch.zeros(1)}, "a checkpoint of this project.*found format None"),
-    ({0: torch.zeros(1)}, "found a dict"),
-    ({"format": 2}, "a checkpoint of this project"),
-    ({"model": torch.zeros(1)}, "found a Tensor"),
-    ([torch.zeros(1)], "found a list"),
-    ({"format": 99, "model": {}, "facts": {}}, "found format 99: update the code"),
-    ({"format": 1, "model": {}, "facts": {}}, "found format 1: .*train it anew"),
-    (None, "no such file"),
+    ({"a": torch.zeros(1)}, "not a checkpoint of this project"),
+    ({0: torch.zeros(1)}, "not a readable file of weights.*no names"),
+    ({"format": models.FORMAT}, "not a checkpoint of this project"),
+    ({"format": models.FORMAT, "model": {}, "facts": {}}, "not a checkpoint of this project"),
+    ({"model": torch.zeros(1)}, "not a readable file of weights"),
+    ([torch.zeros(1)], "not a readable file of weights"),
+    (torch.zeros(1), "not a readable file of weights"),
+    ({"format": 99, "model": {}, "facts": {}}, "format 99, this code reads 3. Train it again"),
+    ({"format": 2, "model": {}, "facts": {}}, "format 2, this code reads 3. Train it again"),
+    (None, "No such file: .*x.pt. Train that run first"),
 ])  # fmt: skip
 def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, content, says):
     path = tmp_path / "x.pt"
@@ -319,9 +377,6 @@ def test_a_network_for_residuals_reads_them_also_after_loading(tmp_path):
     assert not torch.equal(models.forward(again, x)[0], model(x).flatten(1))
 
 
-def test_a_network_without_a_head_of_1000_outputs_or_without_weights_is_refused(monkeypatch):
-    monkeypatch.setattr(models, "bare_network", lambda arch, aux: torch.nn.Linear(4, 5))
-    with pytest.raises(UserError, match="1000 outputs needed"):
-        models.build("alexnet", 2)
-    with pytest.raises(UserError, match="torchvision has none"):
-        models.imagenet_file("mine")
+def test_a_network_without_published_weights_is_refused_in_one_line():
+    with pytest.raises(UserError, match="torchvision has no ImageNet weights of mine"):
+        models.weights_file("mine", "imagenet")

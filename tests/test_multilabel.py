@@ -1,37 +1,40 @@
-"""Several findings a film: the public CSVs as they are published, masks, AUC per finding."""
+"""Several findings an image: the public CSVs as they are published, masks, AUC per finding."""
 
 import csv
 import math
 
 import pytest
 import torch
-from conftest import film, fit
+from conftest import NIH_HEADER, fit, image_file
 
 import data
 import evaluate
 import models
+import train
 
 PADCHEST = ["", "ImageID", "ImageDir", "PatientID", "Projection", "PhotometricInterpretation_DICOM", "Labels"]
 
 
-@pytest.fixture
-def padchest(tmp_path):
-    root = tmp_path / "padchest"
-    root.mkdir()
+def write_padchest(root, rows):
+    """rows: an image's number, its patient's number, view, photometric interpretation, labels as the CSV has them."""
+    (root / "0").mkdir(parents=True, exist_ok=True)
     with open(root / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv", "w") as file:
         writer = csv.writer(file)
         writer.writerow(PADCHEST)
-        for i in range(40):
-            words = (
-                "['pneumonia', ' infiltrates']"
-                if i % 2
-                else ["", "['normal']", "['mass', ' COPD signs']"][i % 3]
-            )
-            kind, view = ("MONOCHROME1", "PA") if i % 4 == 0 else ("MONOCHROME2", "L" if i % 5 == 4 else "AP")
-            writer.writerow([i, f"{i}.png", "0", f"p{i // 2}", view, kind, words])
-            (root / "0").mkdir(exist_ok=True)
-            film(root / f"0/{i}.png", shade=30)
+        for i, patient, view, kind, words in rows:
+            writer.writerow([i, f"{i}.png", "0", f"p{patient}", view, kind, words])
+            image_file(root / f"0/{i}.png", shade=30)
     return root
+
+
+@pytest.fixture
+def padchest(tmp_path):
+    rows = []
+    for i in range(40):
+        words = "['pneumonia', ' infiltrates']" if i % 2 else ["", "['normal']", "['mass', ' COPD signs']"][i % 3]
+        kind, view = ("MONOCHROME1", "PA") if i % 4 == 0 else ("MONOCHROME2", "L" if i % 5 == 4 else "AP")
+        rows.append((i, i // 2, view, kind, words))
+    return write_padchest(tmp_path / "padchest", rows)
 
 
 def by_id(split):
@@ -69,33 +72,81 @@ def test_padchests_lists_are_parsed_and_its_negatives_turned(padchest):
         labels |= by_id(split)
         shades |= dict(zip(split.ids, split.images.flatten(1).float().mean(1).tolist(), strict=True))
     names = {id: [loaded.classes[k] for k, on in enumerate(row) if on] for id, row in labels.items()}
-    assert (
-        names["1.png"] == ["infiltrates", "pneumonia"] and names["2.png"] == ["mass"] and names["0.png"] == []
-    )
-    assert shades["0.png"] == 225 and shades["1.png"] == 30
+    assert names["1.png"] == ["infiltrates", "pneumonia"] and names["2.png"] == ["mass"]
+    assert names["4.png"] == []  # normal
+    assert shades["4.png"] == 225 and shades["1.png"] == 30
     assert not any(int(id.split(".")[0]) % 5 == 4 and int(id.split(".")[0]) % 4 for id in labels)
     assert not set(loaded.test.groups) & (set(loaded.train.groups) | set(loaded.val.groups))
 
 
-def test_a_csv_without_a_needed_column_is_refused_and_absent_films_are_counted(nih, capsys):
+def test_padchests_images_without_a_report_or_to_exclude_by_it_are_left_out(tmp_path):
+    words = ["['normal']", "", "[]", "['exclude']", "['mass', ' exclude ']", "['excluded']", "['mass']", "['']"]
+    root = write_padchest(tmp_path / "p", [(i, i, "PA", "MONOCHROME2", each) for i, each in enumerate(words)])
+    found = {r["id"]: sum(r["label"]) for r in data.list_images(str(root))[0]}
+    assert found == {"0.png": 0, "5.png": 0, "6.png": 1}
+
+
+def test_a_tenth_of_padchests_patients_is_held_back_whatever_the_order_of_rows(tmp_path):
+    rows = [(i, i // 2, "PA", "MONOCHROME2", "['normal']") for i in range(200)]
+    held = []
+    for order in (rows, rows[::-1]):
+        root = write_padchest(tmp_path / "p", order)
+        held.append({r["group"] for r in data.list_images(str(root))[0] if r["split"] == "test"})
+    assert held[0] == held[1] and 3 <= len(held[0]) <= 20  # of 100
+
+
+def test_images_that_are_absent_are_counted_and_a_csv_without_a_needed_column_is_refused(nih, capsys):
     (nih / "images_001/images/00000001_000.png").unlink()
-    data.list_films(str(nih))
-    assert "1 films of the CSVs are not in" in capsys.readouterr().out
+    assert len(data.list_images(str(nih))[0]) == 7
+    assert "1 images of the CSV are not in" in capsys.readouterr().out
     text = (nih / "Data_Entry_2017.csv").read_text().replace("Finding Labels", "Findings")
     (nih / "Data_Entry_2017.csv").write_text(text)
-    with pytest.raises(data.UserError, match="line 3 .KeyError.*Finding Labels"):
-        data.list_films(str(nih))
+    with pytest.raises(data.UserError, match="Data_Entry_2017.csv is not the CSV .*KeyError.*Finding Labels"):
+        data.list_images(str(nih))
 
 
 @pytest.mark.parametrize("spoiled", ["one", "7.0", "nan"])
-def test_a_spoiled_line_matters_only_if_its_film_is_there(chexpert, spoiled):
+def test_a_spoiled_label_is_one_line_that_names_it(chexpert, spoiled):
     lines = (chexpert / "train.csv").read_text().splitlines()
     lines[1] = lines[1].replace(",1.0,", f",{spoiled},")
     (chexpert / "train.csv").write_text("\n".join(lines))
-    with pytest.raises(data.UserError, match=f"line 2 .*{spoiled}"):
-        data.list_films(str(chexpert))
-    (chexpert / "train/patient00001/study1/view1_frontal.jpg").unlink()
-    assert len(data.list_films(str(chexpert))[0]) == 7
+    with pytest.raises(data.UserError, match=f"is not the CSV that its authors published.*'{spoiled}'") as error:
+        data.list_images(str(chexpert))
+    assert "\n" not in str(error.value)
+
+
+def test_the_corrected_csv_of_chest_xray14_is_read_instead_of_the_first_and_images_count_once(nih, capsys):
+    text = (nih / "Data_Entry_2017.csv").read_text().replace("Cardiomegaly|Emphysema", "Edema")
+    (nih / "Data_Entry_2017_v2020.csv").write_text(text)
+    records, names = data.list_images(str(nih))
+    assert len(records) == len({r["id"] for r in records}) == 8 and capsys.readouterr().out == ""
+    label = next(r["label"] for r in records if r["id"] == "00000001_000.png")
+    assert [name for name, on in zip(names, label, strict=True) if on] == ["Edema"]
+
+
+def test_linked_folders_of_chest_xray14_are_followed(nih):
+    whole = data.load(nih, 16, ("test",)).test
+    elsewhere = nih.parent / "another disk"
+    elsewhere.mkdir()
+    for folder in ("images_001", "images_002/images"):
+        (nih / folder).rename(elsewhere / folder.replace("/", "-"))
+        (nih / folder).symlink_to(elsewhere / folder.replace("/", "-"))
+    linked = data.load(nih, 16, ("test",)).test
+    assert linked.ids == whole.ids and torch.equal(linked.images, whole.images)
+    assert len(data.list_images(str(nih))[0]) == 8
+
+
+def test_a_csv_set_without_its_test_list_is_one_line_that_names_it(nih):
+    (nih / "test_list.txt").unlink()
+    with pytest.raises(data.UserError, match="ChestX-ray14/test_list.txt") as error:
+        data.load(nih.name, 16)
+    assert "\n" not in str(error.value)
+
+
+def test_chest_xray14s_own_header_is_read_with_its_commas_as_they_are(nih):
+    assert NIH_HEADER.count(",") == 11  # of 9 columns: two titles hold a comma
+    ages = {row["Patient Age"] for row in data.read_csv(nih / "Data_Entry_2017.csv")}
+    assert ages == {"58"}
 
 
 def test_the_findings_of_phantoms_are_independent_and_seen_where_they_should_be():
@@ -113,19 +164,10 @@ def test_the_findings_of_phantoms_are_independent_and_seen_where_they_should_be(
 
 def test_the_audit_counts_positives(capsys):
     data.main(["findings"])
-    counts = capsys.readouterr().out.splitlines()[1].split()
-    labels = data.load("findings", 8, ("train",)).train.labels
-    assert counts[1::2][:3] == [str(int(n)) for n in labels.sum(0)]
-
-
-def test_average_precision_is_the_mean_precision_at_the_positives():
-    scores = torch.tensor([0.9, 0.8, 0.7, 0.3, 0.1, 0.1]).double()
-    truth, ones = torch.tensor([1, 0, 1, 0, 0, 1]), torch.ones(1, 6, dtype=torch.float64)
-    by_hand = (1 / 1 + 2 / 3 + 3 / 6) / 3  # the tie at 0.1 is one step
-    assert evaluate.average_precision(scores, truth, ones).item() == pytest.approx(by_hand)
-    twice, copied = torch.tensor([[1.0, 2, 1, 1, 1, 1]]).double(), [0, 1, 1, 2, 3, 4, 5]
-    again = evaluate.average_precision(scores[copied], truth[copied], torch.ones(1, 7).double())
-    assert evaluate.average_precision(scores, truth, twice).item() == pytest.approx(again.item())
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| train"))
+    labels = torch.tensor([r["label"] for r in data.list_images("findings")[0] if r["split"] == "train"])
+    wanted = [f"{n:.0f} ({n:.0f})" for n in [*labels.sum(0), len(labels)]]
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == wanted
 
 
 def test_teacher_baseline_and_student_run_on_several_findings_and_are_judged_by_auc(few_phantoms, capsys):
@@ -136,46 +178,53 @@ def test_teacher_baseline_and_student_run_on_several_findings_and_are_judged_by_
     capsys.readouterr()
     evaluate.main(["t", "b", "s", "--json", "all.json", "--grid"])
     text = capsys.readouterr().out
-    for wanted in ("| always the same ", "| auc ", "| LARGE_HEART ", "| parameters, M ",
-                   "| multiply-adds, G ",
-                   "makes its teacher's call", "s (squeezenet1_1) minus b (squeezenet1_1)"):  # fmt: skip
+    for wanted in ("| always the same ", "| validation auc ", "| LARGE_HEART ", "| parameters, M ",
+                   "| multiply-adds, G ", "s (squeezenet1_1) agrees with its teacher on",
+                   "s (squeezenet1_1) minus b (squeezenet1_1)"):  # fmt: skip
         assert wanted in text, wanted
-    stored = evaluate.json.loads(open("all.json").read())["runs"]["t"]["test"]["0.5"]
+    stored = evaluate.json.loads(open("all.json").read())["runs"]["t"]["test"]
     truth = data.load("findings", 32, ("test",)).test.labels
     assert len(stored["auc"]) == 3 and f"{int(truth[:, 0].sum())} of 16" in text
-    floor = next(line for line in text.splitlines() if line.startswith("| always the same"))
-    prevalence = 100 * truth.mean(0).mean().item()
-    wanted = ["50.0", f"{prevalence:.1f}", "100.0", "0.0"]  # AUC, AP, specificity, sensitivity
-    assert [cell.strip() for cell in floor.split("|")[3:7]] == wanted
+    header, floor = (next(line for line in text.splitlines() if start in line)
+                     for start in ("| validation auc", "| always the same"))
+    floor = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, floor)), strict=True))
+    rate = truth.mean(0).mean().item()
+    assert floor["auc"] == "50.0" and floor["sensitivity"] == "0.0" and floor["specificity"] == "100.0"
+    assert floor["accuracy"] == f"{100 * (1 - rate):.1f}" and floor["validation auc"] == floor["ece"] == ""
 
 
 BARE = ["--arch", "squeezenet1_1", "--size", "32", "--epochs", "2", "--batch-size", "8", "--lr", "0.01"]
 
 
-def test_films_with_several_findings_learn_with_the_sigmoid_loss(few_phantoms, monkeypatch):
-    import kd
-
+def test_images_with_several_findings_learn_with_the_sigmoid_loss(few_phantoms, monkeypatch):
     fit("--data", "findings", "--out", "t")
-    asked, real = [], kd.binary_kd_loss
-    monkeypatch.setattr(kd, "binary_kd_loss", lambda *a, **k: (asked.append(k["mask"]), real(*a, **k))[1])
-    monkeypatch.setattr(kd, "kd_loss", None)
+    asked, real = [], train.binary_kd_loss
+    monkeypatch.setattr(train, "binary_kd_loss", lambda *a: (asked.append(a), real(*a))[1])
+    monkeypatch.setattr(train, "kd_loss", None)
     args = fit("--data", "findings", "--teacher", "t", "--out", "s", role="student", small=BARE)
-    assert asked and all(mask.all() for mask in asked)
-    assert asked[0].shape == (8, 3) and args.data == "findings"
+    assert len(asked) == 2 * 3 and args.data == "findings"  # 24 images in batches of 8, twice
+    teacher = evaluate.predict(models.load_checkpoint("t")[0], data.load("findings", 32).train.images,
+                               torch.device("cpu"))
+    for student_logits, teacher_logits, T in asked:
+        assert student_logits.shape == teacher_logits.shape == (8, 3) and T == args.T
+        assert (torch.cdist(teacher_logits, teacher).amin(1) < 1e-4).all()
 
 
-def test_unknown_labels_teach_nothing(chexpert):
-    """CheXpert with uncertain labels ignored: the third finding is unknown in every film, so its row of the
-    head moves neither by labels nor by the teacher."""
+def test_unknown_labels_teach_nothing_but_the_teacher_is_heard_on_them(chexpert):
+    """CheXpert with uncertain labels ignored: the third finding is unknown in every image. Its row of the
+    head does not move by labels; a student hears its teacher say something of it."""
     flags = ["--data", str(chexpert), "--recipe", "multilabel", "--weights", "none", "--arch", "resnet18",
              "--size", "32", "--epochs", "1", "--batch-size", "4", "--clip", "0"]  # fmt: skip
+    for i, path in enumerate(sorted(chexpert.glob("train/*/*/*_frontal.jpg"))):
+        image_file(path, shade=20 + 40 * i)  # of images that are all alike BatchNorm would leave nothing
     fit("--out", "t", small=flags)
+    fit("--out", "deaf", "--teacher", "t", "--alpha", "0", role="student", small=flags)
     fit("--out", "s", "--teacher", "t", role="student", small=flags)
     torch.manual_seed(0)
     start = models.build("resnet18", 13, 32).fc.weight
-    for run in ("t", "s"):
-        moved = (models.load_checkpoint(f"{run}/last.pt")[0].fc.weight - start).abs().amax(1) > 0
-        assert moved.tolist() == [k != 2 for k in range(13)]
+    for run, heard in (("t", False), ("deaf", False), ("s", True)):
+        moved = (models.load_checkpoint(run)[0].fc.weight - start).abs().amax(1) > 1e-6
+        assert moved.tolist() == [k != 2 or heard for k in range(13)]
 
 
 def test_mnasnets_averages_move_as_fast_as_those_of_others():

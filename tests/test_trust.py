@@ -1,19 +1,18 @@
-"""What must hold when things go wrong: full disks, damaged files, signals, pictures that are no films."""
+"""What must hold when things go wrong: full disks, damaged files, signals, files that are no images."""
 
 import hashlib
-import os
 import resource
+import shutil
 import signal
-import subprocess
-import sys
-import time
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import SMALL, film, fit
-from torchvision.io import write_png
+from conftest import SMALL, few_phantoms_of, fit, image_file
+from PIL import Image
 
 import data
 import evaluate
@@ -21,113 +20,88 @@ import models
 import train
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint_whole_and_says_so(tmp_path):
+@contextmanager
+def full_disk(bytes_left):
     """A limit on the size of files is a disk that fills up in the middle of writing."""
-    models.save_checkpoint("best.pt", models.build("squeezenet1_1", 2, 32), epoch=1)
-    good = Path("best.pt").read_bytes()
     limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, limit[1]))
     try:
-        with pytest.raises(data.UserError, match="best.pt could not be written.*is whole.*make room"):
-            models.save_checkpoint("best.pt", models.build("squeezenet1_1", 2, 32), epoch=2)
-        with pytest.raises(data.UserError, match="could not be written"):
-            data.table("cache", "t", [], (1000, 1000), "float32", lambda block, start: block.fill(0))
-        with pytest.raises(data.UserError, match="phantoms.png could not be written"):
-            data.show_phantoms("phantoms.png")
-        record = {"model": models.build("squeezenet1_1", 2, 32).eval(), "at": {}, "folder": "run",
-                  "facts": {"size": 32, "provenance": {}}, "data": data.load("phantoms", 32)}  # fmt: skip
-        with pytest.raises(data.UserError, match="student.pt2 could not be written"):
-            evaluate.export("student.pt2", record)
-        assert not Path("phantoms.png").exists() and not Path("student.pt2").exists()
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
-    assert Path("best.pt").read_bytes() == good and models.load_checkpoint("best.pt")[1]["epoch"] == 1
-    assert not list(Path().rglob("*.part"))
 
 
-def test_a_single_bit_flipped_in_the_weights_is_noticed(tmp_path):
-    models.save_checkpoint("best.pt", models.build("squeezenet1_1", 2, 32))
-    content = bytearray(Path("best.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    Path("best.pt").write_bytes(content)
-    with pytest.raises(data.UserError, match="best.pt is not a readable file of weights.*checksum"):
-        models.load_checkpoint("best.pt")
+def one_line(write):
+    """What a script says and exits with when `write` fails: one line."""
+    with pytest.raises(SystemExit) as end:
+        data.run(write)
+    assert str(end.value).startswith("error: ") and "\n" not in str(end.value)
+    return str(end.value)
 
 
-def test_what_a_killed_process_left_half_written_is_cleared_away_and_a_living_ones_is_not(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for pid in (dead.pid, os.getppid()):
-        Path(f".file.{pid}.part").touch()
-    with data.atomic("file") as part:
-        part.write_text("whole")
-    assert Path("file").read_text() == "whole"
-    assert [path.name for path in Path().glob(".file.*")] == [f".file.{os.getppid()}.part"]
+def test_a_full_disk_leaves_the_last_good_checkpoint_whole_and_says_so_in_one_line(tmp_path):
+    models.save_checkpoint("best.pt", models.build("squeezenet1_1", 2, 32), epoch=1)
+    good = Path("best.pt").read_bytes()
+    try:
+        with full_disk(100_000):
+            assert "best.pt" in one_line(
+                lambda: models.save_checkpoint("best.pt", models.build("squeezenet1_1", 2, 32), epoch=2))
+    finally:
+        assert [path.name for path in Path().iterdir()] == ["best.pt"] and Path("best.pt").read_bytes() == good
+    assert models.load_checkpoint("best.pt")[1]["epoch"] == 1
 
 
-def test_a_polite_kill_says_after_which_epoch_the_same_command_goes_on(tmp_path):
-    code = (
-        "import data, train\n"
-        "data.PHANTOMS = {'train': (24, 11), 'val': (12, 12), 'test': (16, 13)}\n"
-        "train.SAVE_SECONDS = 0\n"
-        "data.run(train.main)\n"
-    )
-    Path("patched.py").write_text(code)
-    env = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "patched.py", "--role", "teacher", *SMALL, "--epochs", "10000", "--out", "run"]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(400):
-        time.sleep(0.1)
-        if Path("run/last.pt").exists():
-            break
-    process.terminate()
-    _, err = process.communicate(timeout=30)
-    epoch = models.load_checkpoint("run/last.pt")[1]["epoch"]
-    assert process.returncode == 130 and f"goes on after epoch {epoch:g} of run" in err
-    assert "Traceback" not in err
+@pytest.mark.parametrize("write", [
+    lambda: data.table(Path("cache/t.npy"), 1000, (np.zeros((500, 1000), "float32") for _ in range(2))),
+    lambda: data.show_phantoms("phantoms.png", n=3),
+    lambda: evaluate.write_json("all.json", list(range(100_000))),
+], ids=["table", "picture", "json"])  # fmt: skip
+def test_a_full_disk_leaves_no_half_file_and_is_one_line(write):
+    with full_disk(100_000):
+        assert "File too large" in one_line(write)
+    assert not [path for path in Path().rglob("*") if path.is_file()]
 
 
-def png(path, width, height):
-    """A PNG whose header claims so many pixels, all its checksums right."""
-    write_png(torch.zeros(1, 9, 9, dtype=torch.uint8), str(path))
-    content = bytearray(path.read_bytes())
-    content[16:24] = width.to_bytes(4) + height.to_bytes(4)
-    content[29:33] = data.zlib.crc32(content[12:29]).to_bytes(4)
-    path.write_bytes(content)
+def test_ctrl_c_says_that_the_same_command_goes_on_and_it_does(few_phantoms, monkeypatch, capsys):
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(train, "describe_epoch", lambda *_: signal.raise_signal(signal.SIGINT))
+            with pytest.raises((SystemExit, KeyboardInterrupt)) as end:
+                data.run(lambda: fit("--out", "run"))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert str(end.value) == "stopped; the same command goes on from the last saved epoch"
+    fit("--out", "run")
+    assert "going on after epoch 1" in capsys.readouterr().out
+    assert len(Path("run/history.csv").read_text().splitlines()) == 3 and not list(Path("run").glob(".*"))
 
 
-@pytest.mark.parametrize("name, says", [
-    ("huge.png", "60000 x 60000 pixels are no film"),
-    ("dot.png", "1 x 1 pixels are no film"),
-    ("empty.jpeg", "neither a JPEG nor a PNG"),
-    ("cut.jpeg", "unreadable"),
-    ("text.jpeg", "neither a JPEG nor a PNG"),
-    ("damaged.png", "a damaged PNG"),
-])  # fmt: skip
-def test_what_is_no_film_is_named_in_one_line_and_never_decoded(kermany, name, says):
+# ---- images
+
+
+@pytest.mark.parametrize("name", ["huge.png", "empty.jpeg", "cut.jpeg", "text.jpeg", "damaged.png"])
+def test_what_is_no_image_is_named_in_one_line_and_never_decoded(kermany, name):
     path = kermany / "test/NORMAL" / name
-    if name == "huge.png":
-        png(path, 60000, 60000)
-    elif name == "dot.png":
-        write_png(torch.zeros(1, 1, 1, dtype=torch.uint8), str(path))
-    else:
-        whole = film(path.with_name("x" + path.suffix)).read_bytes()
-        path.with_name("x" + path.suffix).unlink()
-        damaged = whole[:60] + bytes([whole[60] ^ 255]) + whole[61:]
-        contents = {"empty": b"", "cut": whole[:40], "text": b"not a picture", "damaged": damaged}
-        path.write_bytes(contents[path.stem])
-    with pytest.raises(data.UserError) as error:
+    whole = image_file(path).read_bytes()
+    if name == "huge.png":  # its header claims 60000 x 60000 pixels, all its checksums right
+        whole = whole[:16] + 2 * (60000).to_bytes(4) + whole[24:]
+        whole = whole[:29] + data.zipfile.crc32(whole[12:29]).to_bytes(4) + whole[33:]
+    damaged = whole[:60] + bytes([whole[60] ^ 255]) + whole[61:]
+    contents = {"huge": whole, "empty": b"", "cut": whole[: len(whole) // 2], "text": b"no picture",
+                "damaged": damaged}
+    path.write_bytes(contents[path.stem])
+    with pytest.raises(data.UserError, match=f"1 of 13 images cannot be read.*{name}") as error:
         data.load(kermany, 16, ("test",))
-    assert name in str(error.value) and "\n" not in str(error.value)
-    assert says == "unreadable" or says in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_cmyk_jpeg_one_with_a_wrong_suffix_and_one_with_padding_are_films_like_others(kermany):
-    image = pytest.importorskip("PIL.Image")
-    image.new("CMYK", (30, 20), (0, 0, 0, 0)).save(kermany / "test/NORMAL/cmyk.jpeg")
-    film(kermany / "test/NORMAL/IM-0900-0001.png", shade=99).rename(kermany / "test/NORMAL/IM-0900-0001.jpeg")
-    padded = film(kermany / "test/NORMAL/padded.jpeg", shade=120)
+def test_a_cmyk_jpeg_one_with_a_wrong_suffix_and_one_with_padding_are_images_like_others(kermany):
+    Image.new("CMYK", (30, 20), (0, 0, 0, 0)).save(kermany / "test/NORMAL/cmyk.jpeg")
+    image_file(kermany / "test/NORMAL/IM-0900-0001.png", shade=99).rename(kermany / "test/NORMAL/IM-0900-0001.jpeg")
+    padded = image_file(kermany / "test/NORMAL/padded.jpeg", shade=120)
     padded.write_bytes(padded.read_bytes().replace(b"\xff\xc0", b"\xff\xff\xff\xc0"))  # as the format allows
     test = data.load(kermany, 16, ("test",)).test
     shades = dict(zip((Path(id).name for id in test.ids), test.images.float().mean((1, 2, 3)), strict=True))
@@ -135,19 +109,148 @@ def test_a_cmyk_jpeg_one_with_a_wrong_suffix_and_one_with_padding_are_films_like
     assert shades["padded.jpeg"] == 120
 
 
-def test_a_film_that_lies_in_two_splits_is_told(kermany, capsys):
-    same = film(kermany / "train/NORMAL/IM-0700-0001.jpeg", side=60)
-    (kermany / "test/NORMAL/IM-0800-0001.jpeg").write_bytes(same.read_bytes())
-    data.load(kermany, 16, ("train", "val", "test"))
-    assert "1 films of test are exact copies of films in" in capsys.readouterr().err
+# ---- checkpoints
 
 
-def test_weights_that_are_not_finite_teach_nobody(few_phantoms):
-    fit("--out", "teacher")
+def test_the_same_weights_saved_under_two_names_are_the_same_bytes_and_known_by_their_hash(tmp_path):
+    model = models.build("squeezenet1_1", 2, 32)
+    for path in ("best.pt", "elsewhere/other name.pt"):
+        models.save_checkpoint(path, model, epoch=3)
+    content = Path("best.pt").read_bytes()
+    assert content == Path("elsewhere/other name.pt").read_bytes()
+    assert models.load_checkpoint("best.pt")[1]["sha256"] == hashlib.sha256(content).hexdigest()
+    models.save_checkpoint("best.pt", model, epoch=4)
+    other = models.load_checkpoint("best.pt")[1]["sha256"]
+    assert other == hashlib.sha256(Path("best.pt").read_bytes()).hexdigest() != hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a finished run, teacher, and one of two epochs that was stopped after the first, run."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path_factory.mktemp("trained"))
+        few_phantoms_of(patched)
+        fit("--out", "teacher", "--epochs", "1")
+        patched.setattr(train, "SAVE_SECONDS", 0)
+        patched.setattr(train, "describe_epoch", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit("--out", "run")
+        return Path.cwd()
+
+
+@pytest.fixture
+def runs(trained, few_phantoms):
+    shutil.copytree(trained, ".", dirs_exist_ok=True)
+
+
+def spoil_facts(name, value=None):
+    content = torch.load("teacher/best.pt", weights_only=True)
+    facts = {k: v for k, v in content["facts"].items() if k != name}
+    torch.save({**content, "facts": facts if value is None else {**facts, name: value}}, "teacher/best.pt")
+
+
+def teach():
+    """What train.py does with a teacher, without the epochs that follow."""
+    args = train.get_args(["--role", "student", *SMALL, "--teacher", "teacher", "--out", "student"])
+    train.load_teachers(args, data.load_as(vars(args), 32, ("train", "val"), "cache"), torch.device("cpu"))
+
+
+def told(call):
+    """What the user is told, in one line; "" if it simply works."""
+    try:
+        call()
+    except (data.UserError, OSError) as error:
+        assert str(error) and "\n" not in str(error)
+        return str(error)
+    return ""
+
+
+FACTS = ["arch", "num_classes", "aux", "transform_input", "size", *models.RUN_FACTS]
+
+
+def test_every_fact_of_a_checkpoint_is_taken_out_below(runs):
+    assert set(models.load_checkpoint("teacher")[1]) == {*FACTS, "input", "sha256"}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_a_checkpoint_that_lacks_a_fact_is_one_line_wherever_it_is_needed(runs, name, capsys):
+    spoil_facts(name)
+    lines = [told(read) for read in (lambda: models.load_checkpoint("teacher"), teach,
+                                     lambda: evaluate.main(["teacher", "--grid"]))]
+    assert all("teacher/best.pt is not a checkpoint of this project" in line for line in lines)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("arch", "resnet999"), ("arch", 7), ("arch", "resnet18"), ("num_classes", 3), ("num_classes", -1),
+    ("num_classes", 10**13), ("num_classes", "two"), ("size", 0), ("size", "32"), ("size", 10**6),
+    ("classes", 2), ("classes", ["a", "b"]), ("seen_groups", 5), ("args", {}), ("args", [1]),
+    ("validation", {}), ("validation", 0.5),
+])  # fmt: skip
+def test_a_checkpoint_with_absurd_facts_is_one_line(runs, name, value, capsys):
+    spoil_facts(name, value)
+    lines = [told(lambda: evaluate.main(["teacher"])), told(teach)]
+    assert all("teacher" in line for line in lines if line) and any(lines)
+
+
+@pytest.mark.parametrize("content", [
+    {}, [1, 2], "text", {"format": 3}, {"format": 3, "model": {}, "facts": {}}, {"format": 2, "model": {}, "facts": {}},
+    {"format": 3, "model": 5, "facts": {}}, {1: torch.zeros(2)}, {"weight": torch.zeros(2)},
+    {"format": torch.zeros(2), "model": {}, "facts": {}}, {"model": {}, "facts": {}},
+])  # fmt: skip
+def test_a_file_of_something_else_is_no_checkpoint_nor_anything_to_start_from(tmp_path, content):
+    torch.save(content, "other.pt")
+    for read in (models.load_checkpoint, lambda path: models.build("squeezenet1_1", 2, 32, path)):
+        with pytest.raises(data.UserError, match="other.pt") as error:
+            read("other.pt")
+        assert "\n" not in str(error.value)
+
+
+# ---- going on
+
+
+def spoiled(saved, kind):
+    """last.pt as a damaged disk, another program or a mistaken copy may leave it."""
+    facts = {**saved["facts"]}
+    if kind == "momentum of another shape":
+        facts["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
+    elif kind == "momentum that is no tensor":
+        facts["optimizer"]["state"][0]["momentum_buffer"] = "none"
+    elif kind == "another optimiser":
+        facts["optimizer"]["param_groups"][0]["params"] = [0]
+    elif kind == "no optimiser":
+        facts["optimizer"] = None
+    elif kind == "weights of another network":
+        return {**saved, "model": models.build("resnet18", 2, 32).state_dict()}
+    elif kind == "best.pt in its place":
+        return torch.load("run/best.pt", weights_only=True)
+    elif kind == "an absurd history":
+        facts["history"] = [1, 2]
+    elif kind.startswith("without "):
+        del facts[kind.removeprefix("without ")]
+    elif kind == "no facts":
+        return {**saved, "facts": None}
+    return {**saved, "facts": facts}
+
+
+@pytest.mark.parametrize("kind", [
+    "momentum of another shape", "momentum that is no tensor", "another optimiser", "no optimiser",
+    "weights of another network", "best.pt in its place", "an absurd history", "without history", "without args",
+    "without images", "without teachers", "without processes", "no facts",
+])  # fmt: skip
+def test_a_run_goes_on_from_no_last_pt_but_its_own(runs, kind):
+    saved = torch.load("run/last.pt", weights_only=True)
+    assert saved["facts"]["epoch"] == 1 and "optimizer" in saved["facts"]
+    torch.save(spoiled(saved, kind), "run/last.pt")
+    with pytest.raises(data.UserError, match="run/last.pt") as error:
+        fit("--out", "run")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_not_finite_teach_nobody(runs):
     model, facts = models.load_checkpoint("teacher")
     model.classifier[1].bias.data[0] = float("nan")
     models.save_checkpoint("teacher/best.pt", model, **facts)
-    with pytest.raises(data.UserError, match="finite teacher needed, found NaN"):
+    with pytest.raises(data.UserError, match="answers are not finite.*Use another --teacher"):
         fit("--teacher", "teacher", "--out", "student", role="student")
     assert not Path("student").exists()
 
@@ -157,7 +260,7 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path):
         for name in ("../outside.txt", "/absolute.txt", "a/../../up.txt", "train/NORMAL/inside.txt"):
             archive.writestr(name, "text")
     digest = hashlib.sha256(Path("set.zip").read_bytes()).hexdigest()
-    data.download("deep/films", (tmp_path / "set.zip").as_uri(), digest)
-    inside = {path.relative_to("deep/films").as_posix() for path in Path("deep/films").rglob("*.txt")}
+    data.download("deep/images", (tmp_path / "set.zip").as_uri(), digest)
+    inside = {path.relative_to("deep/images").as_posix() for path in Path("deep/images").rglob("*.txt")}
     assert inside == {"outside.txt", "absolute.txt", "a/up.txt", "train/NORMAL/inside.txt"}
-    assert not Path("/absolute.txt").exists() and {p.name for p in Path("deep").iterdir()} == {"films"}
+    assert not Path("/absolute.txt").exists() and {p.name for p in Path("deep").iterdir()} == {"images"}

@@ -84,7 +84,7 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
     if per_class:  # after validation: a small subset never trains on what a large one holds back
         keep_per_class(records, counts, names)
     for r in records:
-        if r["split"] == "train" and lot(f"wrong {r['id']}") < wrong_labels:
+        if r["split"] == "train" and r["chance"] < wrong_labels:
             r["label"] = (r["label"] + 1) % len(names)
     if labels_per_class is not None:
         hide_labels(records, labels_per_class, len(names), unlabelled)
@@ -177,7 +177,8 @@ def record(id, label, folder, path=None, group=None, negative=False):
     """label: index of the class, or a list of 0, 1 or NaN, one a finding. folder: train or test, as
     the data set has it; split: where it is used. negative: bright where other images are dark."""
     return {"id": id, "label": label, "kind": label if isinstance(label, int) else 0, "path": path,
-            "folder": folder, "split": folder, "group": group or id, "negative": negative}
+            "folder": folder, "split": folder, "group": group or id, "negative": negative,
+            "chance": lot(f"wrong {id}")}  # that --wrong-labels spoils its label
 
 
 def list_class_folders(root, classes):
@@ -416,8 +417,9 @@ def prepare(images, device, theta=None):
         grid = F.affine_grid(theta.to(device).double(), x.shape, align_corners=False)
         x = F.grid_sample(x, grid.float(), align_corners=False)
     # Channels are last in memory from the start: convolutions run up to twice as fast on that.
-    mean, std = 255 * MEAN.to(device), 255 * STD.to(device)
-    return ((x.permute(0, 2, 3, 1) - mean) / std).permute(0, 3, 1, 2)
+    # (x / 255 - MEAN) / STD, as one product and one sum.
+    shift, scale = (-MEAN / STD).to(device), (1 / (255 * STD)).to(device)
+    return torch.addcmul(shift, x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
 
 
 def random_affines(n, generator):
@@ -452,7 +454,9 @@ def list_phantoms(source):
         if source == "findings":  # independent of each other
             g = torch.Generator().manual_seed(2000 + seed)
             labels = (torch.rand(n, 3, generator=g) < 0.4).float().tolist()
-        records += [record(f"phantom-{split}-{i}", label, split) for i, label in enumerate(labels)]
+        chances = torch.rand(n, generator=torch.Generator().manual_seed(1000 + seed)).tolist()
+        records += [record(f"phantom-{split}-{i}", labels[i], split) | {"chance": chances[i]}
+                    for i in range(n)]
     return records
 
 

@@ -256,8 +256,8 @@ def train(args):
     best, saved = None, time.perf_counter()
     while not history or not finished(args, history[-1]):
         epoch = len(history) + 1
-        order = torch.Generator().manual_seed(seed_for(args.seed, epoch, "order and augmentation"))
-        torch.manual_seed(seed_for(args.seed, epoch, "dropout", rank))
+        order = torch.Generator().manual_seed(1_000_003 * args.seed + epoch)  # and augmentation
+        torch.manual_seed(1_000_003 * args.seed + epoch + 7919 * rank)  # dropout
         lr = args.lr * args.lr_gamma ** ((epoch - 1) // args.lr_step)  # step decay
         optimizer.param_groups[0]["lr"] = lr
         start = time.perf_counter()
@@ -299,11 +299,6 @@ def run_facts(args, data, seen_groups):
             "images": [data.train.fingerprint, data.val.fingerprint], "processes": processes()[1],
             "seen_groups": sorted({*data.train.groups, *seen_groups}),
             "provenance": origin(args.device)}
-
-
-def seed_for(*what):
-    """Seeds that have nothing to do with each other, for all that is random in an epoch."""
-    return int(fingerprint(*what), 16)
 
 
 def learner_inputs(args, model, learner, split, device, live=False):

@@ -303,13 +303,17 @@ def test_hidden_labels_may_be_right_or_wrong_without_a_bit_of_the_weights_changi
     fit("--out", "teacher", *SHUFFLENET)
     flags = ["--teacher", "teacher", "--labels-per-class", "3", "--alpha", "0.5", "--epochs", "1"]
     fit(*flags, "--out", "right", role="student")
-    split = data.load("phantoms", 32, labels_per_class=3).train
+    split = data.load("phantoms", 32, per_class=10, labels_per_class=3).train
     kept = {id for id, label in zip(split.ids, split.labels, strict=True) if label >= 0}
     assert len(kept) == 6
     fit(*flags, "--wrong-labels", "1", "--out", "all wrong", role="student")
-    real = data.lot  # it decides which labels are spoiled: now all but those that are kept
-    monkeypatch.setattr(data, "lot", lambda name: 2 if name.removeprefix("wrong ") in kept and
-                        name.startswith("wrong ") else real(name))  # fmt: skip
+    real = data.list_images
+
+    def all_but_those_kept(*args):
+        records, names = real(*args)
+        return [{**r, "chance": 2 if r["id"] in kept else 0} for r in records], names
+
+    monkeypatch.setattr(data, "list_images", all_but_those_kept)
     fit(*flags, "--wrong-labels", "1", "--out", "hidden ones wrong", role="student")
     assert alike("right", "hidden ones wrong") and not alike("right", "all wrong")
 
@@ -446,29 +450,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(few_phantoms)
     fit("--epochs", "1", "--out", "b")
     fit("--epochs", "1", "--out", "c", "--seed", "1")
     assert alike("a", "b") and not alike("a", "c")
-
-
-def test_weights_order_and_dropout_never_share_a_random_stream(few_phantoms, monkeypatch):
-    seeds, batches, epoch = [], train.paired_batches, train.train_one_epoch
-
-    def orders(*args):
-        seeds.append(next(a for a in args if isinstance(a, torch.Generator)).initial_seed())
-        return batches(*args)
-
-    def drops(*args):
-        seeds.append(torch.initial_seed())  # what dropout draws from
-        return epoch(*args)
-
-    monkeypatch.setattr(train, "paired_batches", orders)
-    monkeypatch.setattr(train, "train_one_epoch", drops)
-    for seed in ("0", "1"):
-        fit("--seed", seed, "--out", f"run{seed}", "--epochs", "3")
-    assert len(seeds) == len({*seeds, 0, 1}) - 2 == 2 * 3 * 2  # runs, epochs, uses; weights begin with 0 and 1
-    assert len({torch.rand(1, generator=torch.Generator().manual_seed(seed)).item() for seed in seeds}) == 12
-    uses = [(seed, epoch, use, *rank) for seed in (0, 1) for epoch in (1, 2, 11)
-            for use, *rank in (("order",), ("dropout", 0), ("dropout", 1))]  # fmt: skip
-    assert len({train.seed_for(*use) for use in uses}) == len(uses)
-    assert train.seed_for(*uses[0]) == train.seed_for(*uses[0])  # and the same in every process
 
 
 @pytest.mark.parametrize("save_seconds", [0, 1e9])
@@ -808,8 +789,7 @@ def test_training_on_features_is_training_on_images_with_the_rest_frozen(pretrai
     learner = models.freeze(model, "head")
     optimizer = torch.optim.SGD(learner.parameters(), 0.01, 0.9)
     for epoch in (1, 2):
-        order = train.seed_for(0, epoch, "order and augmentation")
-        rows = torch.cat([y for _, y, _ in paired(labels=torch.arange(24), seed=order)])
+        rows = torch.cat([y for _, y, _ in paired(labels=torch.arange(24), seed=epoch)])
         batches = [some(part, images.train.labels, x=images.train.images) for part in rows.split(8)]
         batches = [(models.features(model, learner, data.prepare(x, CPU)), y, None) for x, y, _ in batches]
         train.train_one_epoch(learner, batches, optimizer, clip=1.0)

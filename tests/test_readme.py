@@ -1,0 +1,211 @@
+"""The READMEs: their commands run in their order and print what they show; their figures are computed."""
+
+import contextlib
+import glob
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import image_file
+
+import data
+import evaluate
+import models
+import profile_gpu
+import train
+
+ROOT = Path(train.__file__).parent
+README, RESULTS = ((ROOT / path).read_text() for path in ("README.md", "results/README.md"))
+MAINS = {"train.py": train.main, "evaluate.py": evaluate.main, "data.py": data.main,
+         "profile_gpu.py": profile_gpu.main}  # fmt: skip
+# Commands that this suite cannot run within itself: their words are only echoed. `set -f`: globs as typed.
+ECHO = 'set -f; for f in python torchrun; do eval "$f() { printf \'%q \' $f \\"\\$@\\"; echo; }"; done\n'
+
+
+def blocks(page, *languages):
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    return [text for language, text in fences if language in languages]
+
+
+def commands(page):
+    """Every command of a page, its loops and variables unfolded by the shell, one seed a loop."""
+    for block in blocks(page, "bash", "sh"):
+        block = re.sub(r"for s in (\d+)[ \d]*;", r"for s in \1;", block)
+        block = re.sub(r"python3 -m venv.*?requirements.txt", "", block.replace("\\\n", " "))
+        told = subprocess.run(["bash", "-ec", ECHO + block], capture_output=True, text=True, check=True)
+        yield from (shlex.split(line) for line in told.stdout.splitlines())
+
+
+@pytest.fixture
+def miniatures(tmp_path, monkeypatch, few_phantoms, kermany, mura, nih, chexpert):
+    """All that the pages speak of, tiny: folders of images, ImageNet weights, recipes of one epoch; and one
+    small network under every name, for what is tried here is the commands."""
+    (tmp_path / "data").mkdir()
+    kermany.rename(tmp_path / "data/chest_xray")
+    shutil.copytree(tmp_path / "data/chest_xray", tmp_path / "films")
+    image_file(tmp_path / "image.jpeg")
+    squeezenet = models.bare_network
+    monkeypatch.setattr(models, "bare_network", lambda arch, aux: squeezenet("squeezenet1_1", aux))
+    monkeypatch.setattr(profile_gpu, "bare_network", models.bare_network)
+    torch.save(squeezenet("squeezenet1_1", False).state_dict(), tmp_path / "imagenet.pth")
+    real = models.weights_file
+    monkeypatch.setattr(models, "weights_file", lambda arch, weights: (
+        tmp_path / "imagenet.pth" if weights == "imagenet" else real(arch, weights)))
+    monkeypatch.setattr(data, "download", lambda folder, url, sha256: print(f"from {url} to {folder}"))
+    for name, roles in train.RECIPES.items():
+        tiny = {"size": 32, "epochs": 3 if name == "demo" else 1, "batch_size": 8, "lr": 0.01,
+                "steps_per_epoch": 2}
+        monkeypatch.setitem(train.RECIPES, name, {role: {**r, **tiny} for role, r in roles.items()})
+
+
+def run(words):
+    """Run one command in this process; what it prints."""
+    words = words[words.index("train.py") - 1 :] if words[0] == "torchrun" else words
+    script, words = words[1], words[2:]
+    for flag, tiny in (("--epochs", "1"), ("--size", "32"), ("--steps-per-epoch", "1")):
+        if flag in words:
+            words[words.index(flag) + 1] = tiny
+    if script == "profile_gpu.py":
+        words += ["--size", "32", "--batch-size", "2", "--many", "2", "--steps", "1", "--rounds", "1"]
+    words = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        MAINS[script](words)
+    return said.getvalue()
+
+
+def shape(text):
+    """The lines of a text without its digits, widths and names of networks."""
+    text = re.sub(r"inception_v3|alexnet", "NETWORK", text).replace("  best\n", "\n")
+    text = re.sub(r"-?\d+(\.\d+)?", "0", text)
+    return [re.sub(r"[-\s]+", " ", line).strip() for line in text.splitlines() if line.strip()]
+
+
+def typed(page):
+    """Run the commands of a page in their order; yields what each prints."""
+    for words in commands(page):
+        if words[1] in MAINS or words[0] == "torchrun":
+            try:
+                yield run(list(words))
+            except (SystemExit, data.UserError) as error:
+                pytest.fail(f"{shlex.join(words)}: {error}")
+        else:
+            assert words[1] == "-m" or (ROOT / words[1]).exists(), words
+
+
+def test_every_command_of_the_readme_runs_and_the_demo_prints_what_is_shown(miniatures):
+    said = list(typed(README))
+    [shown] = [block for block in blocks(README, "") if "epoch" in block]
+    printed = shape("".join(said[:4]))
+    place = 0
+    for line in shape(shown):
+        if line == "...":
+            continue
+        assert line in printed[place:], f"the README shows a line that is not printed: {line}"
+        place = printed.index(line, place) + 1
+    [export] = [code for code in blocks(README, "python") if "torch.export" in code]
+    exec(export, {})
+    student = torch.export.load("student.pt2").module()
+    x = torch.randn(3, 3, 32, 32)
+    model, _ = models.load_checkpoint("runs/demo/student-T1")
+    assert torch.allclose(student(x).flatten(1), models.forward(model, x)[0], atol=1e-5)
+
+
+def test_every_command_of_the_results_runs(miniatures):
+    assert len(list(typed(RESULTS))) > 20
+
+
+def test_the_output_below_the_python_of_the_readme_is_what_it_prints():
+    names, lessons = {}, [code for code in blocks(README, "python") if "torch.export" not in code]
+    assert len(lessons) == 2
+    for code in lessons:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            exec(code, names)  # the second goes on from the first
+        assert README.split(f"{code}```\n\n")[1].startswith(f"```\n{said.getvalue()}```\n")
+
+
+def measured(name):
+    return json.loads((ROOT / f"results/cost-{name}.json").read_text())["tables"]
+
+
+def test_the_costs_told_are_those_that_were_measured():
+    networks, training, inference = measured("networks").values()
+    for arch, n in networks.items():
+        paper = profile_gpu.PAPER[arch]
+        asked, more = inference[f"{arch}, 2 threads"], n["auxiliary M"]
+        cells = [
+            f"{arch} at {n['size']}", f"{n['depth']} ({paper['depth']})",
+            f"{n['parameters M']:.2f}{f' + {more:.2f}' if more else ''} ({paper['parameters M']:.2f})",
+            f"{n['multiply-adds M']:,.0f} ({paper['multiply-adds M']:,})", f"{n['MB']:.0f}",
+            f"{training[arch]['films/s']:.1f}", f"{asked['median ms']:.0f}", f"{asked['films/s']:.1f}",
+        ]  # fmt: skip
+        assert "| " + " | ".join(cells) + " |" in RESULTS, cells
+    steps = measured("inception_v3-alexnet")["a step"]
+    for row, told in (("b baseline", "labels alone (baseline)"),
+                      ("c teacher's table", "distilled, from the teacher's table"),
+                      ("d teacher asked live", "distilled, the teacher asked at every step")):  # fmt: skip
+        assert f"| {told} | {steps[row]['ratio to a']:.3f} |" in RESULTS, told
+    assert f"takes {steps['d teacher asked live']['ratio to c']:.1f} times" in README
+
+
+def test_the_bars_of_the_figure_are_as_high_as_the_softened_answers():
+    shapes = ElementTree.parse(ROOT / "figures/distillation.svg").iter()
+    bars = {shape.get("id"): float(shape.get("height")) for shape in shapes if shape.get("id", "")[:1] == "T"}
+    logits = torch.tensor([-1.0, 4.0, 2.5])
+    for T in (1, 4, 20):
+        heights = torch.tensor([bars[f"T{T}-{name}"] for name in ("normal", "bacterial", "viral")])
+        assert torch.allclose(heights / 112, (logits / T).softmax(0), atol=1e-3)
+
+
+def test_every_name_that_the_pages_point_to_exists():
+    scripts = {"kd": __import__("kd"), "data": data, "models": models, "evaluate": evaluate, "train": train,
+               "profile_gpu": profile_gpu}  # fmt: skip
+    names = re.findall(r"`(kd|data|models|evaluate|train|profile_gpu)\.(\w+)`", README + RESULTS)
+    assert len(names) >= 10
+    for script, name in names:
+        assert name == "py" or hasattr(scripts[script], name), f"{script}.{name}"
+    for page, folder in ((README, ROOT), (RESULTS, ROOT / "results")):
+        for path in re.findall(r"\]\(([^)#:]+)\)", page):
+            assert (folder / path).exists(), path
+
+
+def test_the_map_of_the_files_says_how_long_they_are():
+    told = re.findall(r"\[(\w+\.py)\]\(\w+\.py\) \| (\d+) \|", README)
+    assert len(told) == 6
+    for name, n in told:
+        assert abs(len((ROOT / name).read_text().splitlines()) - int(n)) <= 10, name
+
+
+def test_the_cells_of_the_results_are_those_that_were_measured():
+    """Every cell of a table that follows a link to a file of results stands in that file's tables."""
+    for section in RESULTS.split("\n## ")[1:]:
+        for name in set(re.findall(r"\]\((films|course|three-classes)\.json\)", section)):
+            kept = json.loads((ROOT / f"results/{name}.json").read_text())
+            measured = re.sub(r"\s+", " ", " ".join(kept["tables"]))
+            rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+            for cell in [cell.strip("| ") for row in rows[1:] for cell in row[1:]]:
+                for part in cell.split(" / "):
+                    assert re.sub(r" \[.*| ± .*", "", part) in measured, (name, cell)
+
+
+@pytest.mark.parametrize("result, seeds, student, baseline, t", [
+    ("demo", "01234", "demo/student-T1", "demo/baseline", 2.776),  # Student's t, 97.5 %, 4 and 2 degrees
+    ("films", "012", "films/alexnet-T1", "films/alexnet", 4.303),
+])  # fmt: skip
+def test_the_intervals_over_seeds_follow_from_the_results(result, seeds, student, baseline, t):
+    runs = json.loads((ROOT / f"results/{result}.json").read_text())["runs"]
+
+    def accuracy(name, seed):
+        run = runs.get(f"runs/{name}-seed{seed}") or runs[f"runs/{name}"]  # a default seed is not in the name
+        figures = run["test"].get("0.5", run["test"])  # as older files have it
+        return 100 * figures["accuracy"]
+
+    gains = torch.tensor([accuracy(student, s) - accuracy(baseline, s) for s in seeds], dtype=torch.float64)
+    half = t * gains.std() / len(seeds) ** 0.5
+    assert f"[{gains.mean() - half:.1f}, {gains.mean() + half:.1f}]" in RESULTS

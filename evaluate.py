@@ -594,11 +594,13 @@ def main(argv=None):
     args = get_args(argv)
     if args.image:
         return read_image(args.image, args.runs, args.cam, args.device)
-    runs, loaded = [run for run in args.runs if run_file(run).is_file()], {}
-    for folder in set(args.runs) - set(runs if runs else args.runs):
-        print(f"{folder} has no best.pt, or not yet: left out")
-    records = []
-    for folder in runs or args.runs:
+    # A run that was killed before its first save must not stop `runs/demo/*`.
+    ready = [folder for folder in args.runs if run_file(folder).is_file()] or args.runs
+    for folder in args.runs:
+        if folder not in ready:
+            print(f"{folder} has no best.pt, or not yet: left out")
+    records, loaded = [], {}
+    for folder in ready:
         with explain(f"{folder} is not a checkpoint of this project"):
             records.append(judge(folder, args.device, args.data, args.cache, loaded))
     if len({(*r["data"].classes, *r["data"].test.ids) for r in records}) > 1:

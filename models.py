@@ -218,9 +218,9 @@ def as_read(model, images):
 def residuals(images):
     """Noise residuals (SRM, Fridrich & Kodovsky 2012; arXiv 2406.08837): (B, 3, H, W) in [-1, 1].
 
-    Predicted minus pixel, divided by c, rounded and cut at 2. Predicted from one neighbour (c = 1),
-    from the two on either side (order 2, c = 3), both the least over directions, and from all eight
-    (order 4, c = 6).
+    Predicted minus pixel, divided by c, rounded and cut at 2. One neighbour predicts the pixel
+    (c = 1), or the two on either side (order 2, c = 3), both the least over directions, or all of
+    them (order 4, c = 6).
     """
     x = 255 * (images[:, :1] * STD[0] + MEAN[0])  # grey levels again
     height, width = x.shape[-2:]

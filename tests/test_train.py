@@ -299,6 +299,20 @@ def test_a_batch_without_any_label_has_a_label_loss_of_zero_and_moves_only_throu
         assert vector(model).isfinite().all() and (row["loss"] > 0) == (teacher is not None)
 
 
+def test_several_passes_over_very_few_images_come_to_an_end(monkeypatch):
+    calls, real = [], torch.randperm
+
+    def few_calls(*args, **options):
+        calls.append(1)
+        assert len(calls) <= 3  # a batch of one that joined the pass before it would never end
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch, "randperm", few_calls)
+    args = train.get_args(["--role", "baseline", *SMALL])
+    batches = train.paired_batches((X[:1], None), Y[:1], [], args, torch.Generator())
+    assert [len(y) for _, y, _ in batches] == [1, 1, 1]
+
+
 def test_hidden_labels_may_be_right_or_wrong_without_a_bit_of_the_weights_changing(few_phantoms, monkeypatch):
     fit("--out", "teacher", *SHUFFLENET)
     flags = ["--teacher", "teacher", "--labels-per-class", "3", "--alpha", "0.5", "--epochs", "1"]

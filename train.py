@@ -257,8 +257,8 @@ def train(args):
     best, saved = None, time.perf_counter()
     while not history or not finished(args, history[-1]):
         epoch = len(history) + 1
-        order = torch.Generator().manual_seed(1_000_003 * args.seed + epoch)  # and augmentation
-        torch.manual_seed(1_000_003 * args.seed + epoch + 7919 * rank)  # dropout
+        order = torch.Generator().manual_seed(seed_for(args.seed, epoch, "order, augmentation"))
+        torch.manual_seed(seed_for(args.seed, epoch, "dropout", rank))
         lr = args.lr * args.lr_gamma ** ((epoch - 1) // args.lr_step)  # step decay
         optimizer.param_groups[0]["lr"] = lr
         start = time.perf_counter()
@@ -281,6 +281,11 @@ def train(args):
                 best, saved = None, time.perf_counter()
         print(describe_epoch(args, history[-1]) + ("  best" if better else ""), flush=True)
     print(f"{summary(history)}; {args.out}/best.pt\nnext: {next_command(args)}")
+
+
+def seed_for(*what):
+    """A seed for each thing that is random: order and dropout must not draw the same numbers."""
+    return int(fingerprint(*what), 16)
 
 
 def check_files(args):

@@ -466,6 +466,29 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(few_phantoms)
     assert alike("a", "b") and not alike("a", "c")
 
 
+def test_weights_order_and_dropout_never_share_a_random_stream(few_phantoms, monkeypatch):
+    seeds, batches, epoch = [], train.paired_batches, train.train_one_epoch
+
+    def orders(*args):
+        seeds.append(next(a for a in args if isinstance(a, torch.Generator)).initial_seed())
+        return batches(*args)
+
+    def drops(*args):
+        seeds.append(torch.initial_seed())  # what dropout draws from
+        return epoch(*args)
+
+    monkeypatch.setattr(train, "paired_batches", orders)
+    monkeypatch.setattr(train, "train_one_epoch", drops)
+    for seed in ("0", "1"):
+        fit("--seed", seed, "--out", f"run{seed}", "--epochs", "3")
+    assert len(seeds) == len({*seeds, 0, 1}) - 2 == 2 * 3 * 2  # runs, epochs, uses; weights begin with 0 and 1
+    assert len({torch.rand(1, generator=torch.Generator().manual_seed(seed)).item() for seed in seeds}) == 12
+    uses = [(seed, epoch, use, *rank) for seed in (0, 1) for epoch in (1, 2, 11)
+            for use, *rank in (("order",), ("dropout", 0), ("dropout", 1))]  # fmt: skip
+    assert len({train.seed_for(*use) for use in uses}) == len(uses)
+    assert train.seed_for(*uses[0]) == train.seed_for(*uses[0])  # and the same in every process
+
+
 @pytest.mark.parametrize("save_seconds", [0, 1e9])
 @pytest.mark.parametrize("flags", [(), ("--augment",)])
 def test_a_run_that_was_cut_short_ends_with_the_bits_of_one_that_was_not(

@@ -27,6 +27,7 @@ import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -577,14 +578,24 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-def markdown(header, rows):
-    """A table as lines of text, which a README can take as they are."""
-    rows = [header, *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = [" | ".join(f"{c:<{width}}" for c, width in zip(row, widths, strict=True))
-             for row in rows]
-    return ["", *(f"| {line} |" for line in lines)]
+def aligned(header, rows):
+    """A table as lines of text, figures to the right. A cell may have several lines."""
+    rows = [[cell.split("\n") for cell in row] for row in [header, *rows]]
+    widths = [max(len(line) for row in rows for line in row[i]) for i in range(len(header))]
+    text = [""]
+    for row in rows:
+        for parts in zip_longest(*row, fillvalue=""):
+            cells = [f"{part:>{width}}" for part, width in zip(parts, widths, strict=True)]
+            cells[0] = f"{parts[0]:<{widths[0]}}"
+            text.append("  ".join(cells).rstrip())
+    return text
+
+
+def write_csv(path, header, rows):
+    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def write_picture(path, image):
@@ -666,7 +677,7 @@ def audit(source, classes=None):
         public = names[1:] == ["PNEUMONIA"] and any(r["group"] != r["id"] for r in mine)
         if split in PAPER and public:
             rows.append(["the paper", *map(str, (*PAPER[split], sum(PAPER[split])))])
-    print("\n".join(markdown(["images (patients)", *names, "all"], rows)))
+    print("\n".join(aligned(["images (patients)", *names, "all"], rows)))
     train, test = ({r["group"] for r in records if r["split"] == s} for s in ("train", "test"))
     print(f"\npatients in both train and test: {len(train & test)}")
     if source in PHANTOM_SOURCES:

@@ -3,36 +3,43 @@
     python evaluate.py runs/demo/teacher runs/demo/baseline runs/demo/student-T1
     python evaluate.py runs/demo/* --json results/demo.json     and kept: the tables, every figure
     python evaluate.py runs/demo/* --report                     more columns, a report by class
+    python evaluate.py runs/demo/* --plot demo.svg              the table as a picture
 
 One table, a row a run; runs that differ only in their seed share one, mean and standard deviation.
-Every figure has a 95 % interval; below stands what distillation changed. All of it also goes into
-metrics.json in each run's folder.
+Below every figure stands its 95 % interval; the last rows are what distillation changed. Every
+figure also goes into metrics.json in the run's folder, every answer into predictions.csv.
 
 Class 1 is the positive one: sensitivity is the share of its images that are found, specificity the
 share of the others left alone. With more classes each is taken against the rest, then averaged.
 """
 
 import argparse
+import html
 import json
 import math
 import re
+import textwrap
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageDraw
 from torch.nn.modules.module import register_module_forward_hook
-from torchvision.utils import draw_bounding_boxes, make_grid
+from torchvision.utils import make_grid
 
-from data import (Help, UserError, atomic, decode, explain, load_as, markdown, origin, prepare, run,
-                  usable_device, write_picture)
+from data import (Help, UserError, aligned, atomic, decode, explain, load_as, origin, outline,
+                  prepare, read_csv, run, usable_device, write_csv, write_picture)
 from kd import mean_teacher
 from models import as_read, cost, forward, load_checkpoint, run_file
 
-COLUMNS = ["accuracy", "specificity", "sensitivity", "auc", "ece"]
+COLUMNS = ["auc", "accuracy", "specificity", "sensitivity", "ece"]
 MORE = ["precision", "f1", "loss"]  # with --report
 BINS = 15  # of the calibration error
 REPEATS = 1000  # of the bootstrap
+MAPS = 7  # Grad-CAM's maps need so many places a side, or they say little of where
 
 
 # ---- metrics: all of them from weighted counts ---------------------------------------------------
@@ -145,14 +152,14 @@ def report(confusion, classes):
     right, support, called = counts.diag(), counts.sum(1), counts.sum(0)
     values = torch.stack([right / called.clamp(min=1), right / support.clamp(min=1),
                           2 * right / (support + called).clamp(min=1)], dim=1)  # (C, 3)
+    weighted = (values * support[:, None]).sum(0) / support.sum()
     rows = [[name, *(f"{v:.2f}" for v in values[k]), f"{support[k]:.0f}",
              *(f"{n:.0f}" for n in counts[k])] for k, name in enumerate(classes)]
-    weighted = (values * support[:, None]).sum(0) / support.sum()
     for name, means in (("macro avg", values.mean(0)), ("weighted avg", weighted)):
         rows.append([name, *(f"{v:.2f}" for v in means), f"{support.sum():.0f}",
                      *("" for _ in classes)])
-    return markdown(["", "precision", "recall", "f1-score", "support",
-                     *(f"called {name}" for name in classes)], rows)
+    return aligned(["", "precision", "recall", "f1-score", "support",
+                    *(f"called {name}" for name in classes)], rows)
 
 
 def bootstrap_weights(groups, repeats=REPEATS, seed=0):
@@ -192,24 +199,24 @@ def interval(samples):
 
 
 def last_maps(model, images):
-    """The last layer whose output still has a place for every part of the image, pooling aside.
+    """The last layer whose output still has a place for every part of the image, pooling aside;
+    and how many places a side.
 
     In a ViT what follows the last attention reaches only the class token, so the layer before that
     is taken; a Swin folds its tokens back into maps by itself.
     """
     if isinstance(model, torchvision.models.VisionTransformer):
-        return model.encoder.layers[-1].ln_1
+        return model.encoder.layers[-1].ln_1, model.image_size // model.patch_size
     order = []
 
     def note(layer, _, out):
-        if isinstance(out, torch.Tensor) and out.dim() == 4 and out[0, 0].numel() > 1:
-            order.append(layer)
+        # A Sequential is as good as its last layer.
+        aside = re.search("Pool|Drop|Identity|Sequential", type(layer).__name__) or layer is model
+        if not aside and isinstance(out, torch.Tensor) and out.dim() == 4 and out[0, 0].numel() > 1:
+            order.append((layer, out.shape[-2]))
 
-    aside = re.compile("Pool|Drop|Identity|Sequential")  # a Sequential is as good as its last layer
     with torch.no_grad(), register_module_forward_hook(note):
         model(images[:1])
-    order = [layer for layer in order
-             if layer is not model and not aside.search(type(layer).__name__)]
     if not order:
         raise UserError("Grad-CAM needs maps, and no layer of this network has any: name a layer")
     return order[-1]
@@ -231,7 +238,7 @@ def grad_cam(model, images, target, layer=None):
 
     was_training = model.training
     model.eval()
-    hooked = layer or last_maps(model, images)
+    hooked = layer or last_maps(model, images)[0]
     try:
         with torch.inference_mode(False), torch.enable_grad(), hooked.register_forward_hook(keep):
             # Frozen weights have no gradient, so it starts at the image.
@@ -255,62 +262,84 @@ def grad_cam(model, images, target, layer=None):
     return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 
-def draw_cams(path, runs, titles, device, side=224):
-    """A PNG with a row an image: the image, then for each run its heat, and what it says.
-
-    runs: of each its name, its network, the images at its size, (N,) the classes whose heat is
-    drawn, and (N,) texts.
-    """
-    grey = F.interpolate(runs[0][2].float(), (side, side), mode="bilinear").expand(-1, 3, -1, -1)
-    columns = [[caption(tile, title) for tile, title in zip(grey, titles, strict=True)]]
-    red = torch.tensor([255.0, 60, 0]).view(1, 3, 1, 1)
-    for name, model, images, targets, texts in runs:
-        heat = grad_cam(model, prepare(images, device), targets.to(device))[:, None].cpu()
-        heat = F.interpolate(heat, (side, side), mode="bilinear")
-        warm = grey + 0.6 * heat * (red - grey)  # no heat leaves the image as it is
-        columns.append([caption(tile, f"{name} {text}")
-                        for tile, text in zip(warm, texts, strict=True)])
-    tiles = [tile for row in zip(*columns, strict=True) for tile in row]
-    write_picture(path, make_grid(tiles, nrow=len(columns), padding=3))
-    print(f"Grad-CAM of {len(titles)} images: {path}")
-
-
-def caption(tile, text):
-    side = tile.shape[-1] - 1
-    box = torch.tensor([[0, 0, side, side]])
-    return draw_bounding_boxes(tile.byte(), box, [text], colors="white")
-
-
 def probabilities(logits, multilabel):
     return logits.sigmoid() if multilabel else logits.softmax(1)
 
 
 def show_cams(path, records, device, n=6):
-    """Grad-CAM of n test images that show something, those first of which the first run is surest;
-    the last two are images that some run calls wrongly."""
+    """Grad-CAM of n test images that show something: one a patient, the classes in turn, those
+    first of which the first run is surest. The last two are images that some run calls wrongly."""
     data = records[0]["data"]
     labels, says = data.test.labels, [probabilities(r["test"], data.multilabel) for r in records]
-    if data.multilabel:
+    if data.multilabel:  # of several findings the first
         shows, targets = (labels == 1).any(1), (labels == 1).int().argmax(1)
-        wrong = [(((p > 0.5) != (labels == 1)) & ~labels.isnan()).any(1) for p in says]
     else:
         shows, targets = labels >= int(data.classes[0].upper() == "NORMAL"), labels
-        wrong = [p.argmax(1) != labels for p in says]
-    surest = says[0].gather(1, targets[:, None])[:, 0]
-    order = surest.masked_fill(~shows, -1).argsort(descending=True).tolist()
+    shares = [p.gather(1, targets[:, None])[:, 0] for p in says]
+    wrong = [share <= 0.5 if data.multilabel else p.argmax(1) != targets
+             for share, p in zip(shares, says, strict=True)]
+    turns, patients, candidates = Counter(), set(), []
+    for i in shares[0].argsort(descending=True).tolist():
+        if shows[i] and data.test.groups[i] not in patients:
+            patients.add(data.test.groups[i])
+            turns[int(targets[i])] += 1
+            candidates.append((turns[int(targets[i])], i))
+    order = [i for _, i in sorted(candidates, key=lambda pair: pair[0])]
     missed = [i for i in order if torch.stack(wrong).any(0)[i]][:2]
     chosen = [i for i in order if i not in missed][: n - len(missed)] + missed
-    titles = [data.classes[targets[i]] if shows[i] or not data.multilabel else "nothing found"
-              for i in chosen]
-    titles = [title + ", called wrongly" * (i in missed)
-              for title, i in zip(titles, chosen, strict=True)]
-    runs = []
-    for r, p in zip(records, says, strict=True):
-        shares = p[chosen].gather(1, targets[chosen, None])[:, 0]
-        texts = [f"{100 * share:.0f} %" for share in shares]
-        runs.append((r["name"], load_checkpoint(r["folder"])[0].to(device),
-                     r["data"].test.images[chosen], targets[chosen], texts))
-    draw_cams(path, runs, titles, device)
+    runs = [(r["name"], load_checkpoint(r["folder"])[0].to(device), r["data"].test.images[chosen],
+             targets[chosen], [f"{100 * p:.0f} %" for p in share[chosen]], missing[chosen])
+            for r, share, missing in zip(records, shares, wrong, strict=True)]
+    masks = getattr(data.test, "masks", None)  # of phantoms, the opacities
+    draw_cams(path, [data.classes[targets[i]] for i in chosen], runs, device,
+              masks if masks is None else masks[chosen])
+
+
+def draw_cams(path, titles, runs, device, masks=None, side=224):
+    """A PNG with a row an image: the image, then for each run its heat, and what it says.
+
+    runs: of each its name, its network, the images at its size, (N,) the classes whose heat is
+    drawn, (N,) texts, and (N,) whether its call is wrong, which is crossed. masks: (N, H, W), what
+    is to be outlined in the images of the first run.
+    """
+    plain = runs[0][2].expand(-1, 3, -1, -1)
+    plain = resize(plain if masks is None else outline(plain, masks), side)
+    columns = [[caption(tile, title) for tile, title in zip(plain, titles, strict=True)]]
+    grey, red = resize(runs[0][2], side), torch.tensor([255.0, 60, 0]).view(1, 3, 1, 1)
+    for name, model, images, targets, texts, wrong in runs:
+        x = prepare(images, device)
+        maps = last_maps(model, as_read(model, x))[1]
+        if maps < MAPS:
+            print(f"no Grad-CAM of {name}: its last maps are {maps} x {maps}, and less than {MAPS} "
+                  f"x {MAPS} say little of where. Train it at a larger --size")
+            continue
+        heat = resize(grad_cam(model, x, targets.to(device))[:, None].cpu(), side)
+        warm = grey + 0.6 * heat * (red - grey)  # no heat leaves the image as it is
+        columns.append([caption(*each) for each in zip(
+            warm, [f"{name} {text}" for text in texts], wrong.tolist(), strict=True)])
+    if len(columns) > 1:
+        tiles = [tile for row in zip(*columns, strict=True) for tile in row]
+        write_picture(path, make_grid(tiles, nrow=len(columns), padding=3))
+        print(f"Grad-CAM of {len(titles)} images: {path}")
+
+
+def resize(images, side):
+    return F.interpolate(images.float(), (side, side), mode="bilinear")
+
+
+def caption(tile, text, crossed=False):
+    """tile (3, H, W), its text in white on black, broken where the tile ends."""
+    picture = Image.fromarray(tile.byte().permute(1, 2, 0).numpy())
+    draw, side = ImageDraw.Draw(picture), picture.width
+    text = "\n".join(textwrap.wrap(text, side // 7))
+    *_, right, bottom = draw.multiline_textbbox((4, 3), text)
+    draw.rectangle((0, 0, right + 4, bottom + 4), fill="black")
+    draw.multiline_text((4, 3), text, fill="white")
+    if crossed:
+        for ends in ((-28, -28, -8, -8), (-28, -8, -8, -28)):
+            for width, colour in ((7, "black"), (3, "white")):
+                draw.line([side + end for end in ends], colour, width)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def read_image(path, folders, cam, device):
@@ -327,9 +356,9 @@ def read_image(path, folders, cam, device):
         print(f"{name}: " + ", ".join(f"{k} {100 * p:.1f} %" for k, p in pairs))
         call = says.argmax(1)  # each run's own call, and the heat that speaks for it
         text = f"{facts['classes'][call]} {100 * says[0, call].item():.0f} %"
-        runs.append((name, model, image, call, [text]))
+        runs.append((name, model, image, call, [text], torch.tensor([False])))
     if cam:
-        draw_cams(cam, runs, [Path(path).name], device)
+        draw_cams(cam, [Path(path).name], runs, device)
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -375,6 +404,15 @@ def judge(folder, device, source, cache, loaded):
         "validation": metrics(val, data.val.labels, data.classes),
         "figures": figures,
     }
+
+
+def write_predictions(path, data, logits):
+    """A line an image, for any other program: who it is, its label, each class's probability."""
+    labels = data.test.labels.view(len(logits), -1)
+    titles = [f"label {name}" for name in data.classes] if data.multilabel else ["label"]
+    columns = [data.test.ids, data.test.groups, *labels.T.tolist(),
+               *probabilities(logits, data.multilabel).T.tolist()]
+    write_csv(path, ["image", "patient", *titles, *data.classes], zip(*columns, strict=True))
 
 
 def write_json(path, content):
@@ -441,10 +479,14 @@ def unfinished(folder, facts):
 
 
 def row_name(records):
-    name, more = records[0]["name"], "".join(unfinished(r["folder"], r["facts"]) for r in records)
-    if len(records) > 1:
-        name, more = re.sub(r"-seed\d+", "", name), f", {len(records)} seeds{more}"
-    return f"{name} ({records[0]['args']['arch']}{more})"
+    return re.sub(r"-seed\d+", "", records[0]["name"]) if len(records) > 1 else records[0]["name"]
+
+
+def row_title(records):
+    """The name of a row; below it the network, the number of seeds, and what has not ended."""
+    seeds = f", {len(records)} seeds" if len(records) > 1 else ""
+    more = "".join(unfinished(r["folder"], r["facts"]) for r in records)
+    return f"{row_name(records)}\n  {records[0]['args']['arch']}{seeds}{more}"
 
 
 def mean(value):
@@ -452,20 +494,26 @@ def mean(value):
     return float(torch.as_tensor(value, dtype=torch.float64).nanmean())
 
 
-def cell(figures, unit=100, digits=1):
-    """The mean over runs, their standard deviation, and the mean's interval; in percent.
+def spread(figures):
+    """The mean over runs, their standard deviation (NaN of one), both ends of the mean's interval.
 
     figures: of each run (1 + R,), the figure and its bootstrap samples; (1 + R, K) of findings.
     """
-    runs = unit * torch.stack([f.double().view(len(f), -1) for f in figures])  # (S, 1 + R, K)
+    runs = torch.stack([f.double().view(len(f), -1) for f in figures])  # (S, 1 + R, K)
     # A finding that some sample leaves without a positive is left out of figure and samples alike.
     runs = runs[..., ~runs.isnan().any(0).any(0)].mean(2)  # (S, 1 + R)
-    text = f"{runs[:, 0].mean():.{digits}f}"
-    text += f" ± {runs[:, 0].std():.{digits}f}" if len(runs) > 1 else ""
-    if runs.shape[1] > 1 and not runs.isnan().any():
-        low, high = interval(over_seeds(runs)[1:]).tolist()
-        text += f" [{low:.{digits}f}, {high:.{digits}f}]"
-    return text
+    deviation = runs[:, 0].std().item() if len(runs) > 1 else math.nan
+    samples = over_seeds(runs)[1:]
+    ends = interval(samples).tolist() if len(samples) else [math.nan, math.nan]
+    return [runs[:, 0].mean().item(), deviation, *ends]
+
+
+def cell(figures, column="", sign=""):
+    """Mean ± standard deviation, and in a second line the interval; all in percent but the loss."""
+    unit, digits = (1, 3) if column == "loss" else (100, 1)
+    middle, deviation, low, high = (f"{unit * v:{sign}.{digits}f}" for v in spread(figures))
+    text = middle if len(figures) == 1 else f"{middle} ± {deviation.lstrip('+')}"
+    return f"{text}\n[{low} {high}]" if len(figures[0]) > 1 else text
 
 
 def floor_row(data, columns):
@@ -479,28 +527,41 @@ def floor_row(data, columns):
                          for k in columns)]
 
 
+def gains(groups):
+    """What distillation changed: of every row of students with baselines its title and {column:
+    differences}, seed by seed on the same bootstrap samples."""
+    rows = []
+    for students in groups:
+        for baselines in groups:
+            pairs = [(s["samples"], b["samples"]) for s in students for b in baselines
+                     if comparable(s, b)]
+            if pairs:
+                rows.append((f"{row_name(students)}\n  minus {row_name(baselines)}",
+                             {k: [s[k] - b[k] for s, b in pairs] for k in pairs[0][0]}))
+    return rows
+
+
 def tables(records, with_grid=False, with_report=False):
-    """Lines of text: a row a variant; then what distillation changed."""
+    """Lines of text: a row a variant, then what distillation changed."""
     data, groups = records[0]["data"], variants(records)
     columns, score = COLUMNS + MORE * with_report, "auc" if data.multilabel else "accuracy"
-    text, rows = grid(groups) if with_grid else [], [floor_row(data, columns)]
+    rows = [floor_row(data, columns)]
     for same in groups:
-        validated = cell([torch.tensor([record["validation"][score]]) for record in same])
-        rows.append([row_name(same), validated, *(
-            cell([r["samples"][k] for r in same], *((1, 3) if k == "loss" else (100, 1)))
-            for k in columns)])
-    text += markdown([f"{len(data.test.labels)} test images, %", f"validation {score}", *columns],
-                     rows)
-    text += findings(groups, data) if data.multilabel else [
-        "", f"positive: {data.classes[1]}" if len(data.classes) == 2 else ""]
+        validated = cell([torch.tensor([r["validation"][score]]) for r in same])
+        rows.append([row_title(same), validated, *(cell([r["samples"][k] for r in same], k)
+                                                   for k in columns)])
+    rows += [[title, "", *(cell(change[k], k, "+") for k in columns)]
+             for title, change in gains(groups)]
+    text = grid(groups) if with_grid else []
+    text += aligned([f"{len(data.test.labels)} test images, %", f"validation\n{score}", *columns],
+                    rows)
+    text.append("")
+    if data.multilabel:
+        text += findings(groups, data)
+    elif len(data.classes) == 2:
+        text.append(f"positive: {data.classes[1]}")
     for students in groups:
         text += agreement(students, records)
-        for baselines in groups:
-            pairs = [(s["samples"], b["samples"])  # seed by seed, on the same bootstrap samples
-                     for s in students for b in baselines if comparable(s, b)]
-            if pairs:
-                gains = ", ".join(f"{k} {cell([s[k] - b[k] for s, b in pairs])}" for k in COLUMNS)
-                text.append(f"{row_name(students)} minus {row_name(baselines)}, in points: {gains}")
     return text
 
 
@@ -531,7 +592,7 @@ def findings(groups, data):
     for title, key, unit in (("parameters, M", "parameters", 1e6),
                              ("multiply-adds, G", "multiply_adds", 1e9)):
         rows.append([title, "", *(f"{same[0]['cost'][key] / unit:.2f}" for same in groups)])
-    text = markdown(["AUC, %", "positives", *(row_name(same) for same in groups)], rows)
+    text = aligned(["AUC, %", "positives", *map(row_title, groups)], rows)
     lost = torch.stack([r["samples"]["auc"].isnan().any(0) for same in groups for r in same]).any(0)
     if lost.any():
         names = ", ".join(name for name, out in zip(data.classes, lost, strict=True) if out)
@@ -555,7 +616,7 @@ def grid(groups):
         row, student = cells.setdefault(by, {}), args["arch"] + stopped_at(facts)
         row[student] = f"{row[student]}; {text}" if student in row else text
     students = sorted({student for row in cells.values() for student in row})
-    return markdown(["train / val / test accuracy", *students],
+    return aligned(["train / val / test accuracy", *students],
                     [[by, *(row.get(student, "") for student in students)]
                      for by, row in cells.items()])
 
@@ -565,6 +626,92 @@ def reports(records):
     for r in records:
         yield f"\n{r['folder']}: best on validation in epoch {r['facts']['epoch']}"
         yield from report(r["figures"]["confusion"], r["data"].classes)
+
+
+# ---- pictures of the table and of the histories: SVG, which is text ------------------------------
+
+
+def plot(path, groups):
+    """A row a variant, its AUC and accuracy as dots with intervals; below, what distillation
+    changed, and the line of no change."""
+    rows = [(row_title(same), {k: [r["samples"][k] for r in same] for k in COLUMNS})
+            for same in groups]
+    shapes, top = [], 10
+    for block, what in ((rows, "%"), (gains(groups), "points gained")):
+        for i, (title, _) in enumerate(block):
+            for k, line in enumerate(title.split("\n")):
+                shapes.append(svg_text(10, top + 50 + 36 * i + 14 * k, line))
+        for column, left in (("auc", 250), ("accuracy", 560)) if block else ():
+            spreads = [[100 * value for value in spread(figures[column])] for _, figures in block]
+            shapes.append(svg_text(left + 120, top + 16, f"{column}, {what}", "middle"))
+            shapes += dots(spreads, left, top + 30, ticks=[0] if block is not rows else [])
+        top += 36 * len(block) + 80
+    write_svg(path, top, shapes)
+
+
+def dots(spreads, left, top, ticks):
+    """A dot and its interval for each of the spreads, above a scale from `left` to left + 240."""
+    ends = [end for *_, low, high in spreads for end in (low, high)] + ticks
+    low, high = math.floor(min(ends)), math.ceil(max(ends))
+    bottom = top + 36 * len(spreads) + 10
+
+    def x(value):
+        return left + 240 * (value - low) / max(high - low, 1)
+
+    shapes = [svg_line([(x(low), bottom), (x(high), bottom)])]
+    for tick in {low, high, *ticks}:
+        shapes += [svg_line([(x(tick), bottom), (x(tick), top)], 'stroke-dasharray="2 3"'),
+                   svg_text(x(tick), bottom + 16, tick, "middle")]
+    for i, (middle, _, *both) in enumerate(spreads):
+        y = top + 24 + 36 * i
+        shapes += [svg_line([(x(end), y) for end in both], 'stroke-width="2"'),
+                   f'<circle cx="{x(middle):.1f}" cy="{y}" r="5"/>',
+                   svg_text(x(middle), y - 9, f"{middle:.1f}", "middle")]
+    return shapes
+
+
+def plot_curves(path, groups):
+    """Accuracy by epoch, a panel a variant and a pair of lines a seed."""
+    names = {"train_accuracy": 'stroke-dasharray="5 3"', "val_accuracy": ""}
+    curves = [[[float(row[name]) for row in read_csv(r["folder"] / "history.csv")]
+               for r in same for name in names] for same in groups]  # two a seed
+    low = math.floor(10 * min(min(curve) for panel in curves for curve in panel)) / 10
+    shapes = [svg_text(10, 20, "accuracy by epoch, %: training dashed, validation solid")]
+    for i, panel in enumerate(curves):
+        left, top = 45 + 270 * (i % 3), 60 + 210 * (i // 3)
+        epochs = max(len(curve) for curve in panel)
+
+        def at(epoch, value, left=left, top=top, epochs=epochs):
+            return left + 220 * epoch / max(epochs - 1, 1), top + 150 * (1 - value) / (1 - low)
+
+        for value in (low, (1 + low) / 2, 1):
+            x, y = at(0, value)
+            shapes += [svg_text(x - 5, y + 4, f"{100 * value:.0f}", "end"),
+                       svg_line([(x, y), (x + 220, y)], 'stroke-width="0.4"')]
+        shapes += [svg_text(left, top - 10, row_name(groups[i])), svg_text(left, top + 168, 1),
+                   svg_text(left + 220, top + 168, epochs, "end")]
+        for k, curve in enumerate(panel):
+            style = list(names.values())[k % 2]
+            shapes.append(svg_line([at(*point) for point in enumerate(curve)], style))
+    write_svg(path, 210 * ((len(groups) + 2) // 3) + 50, shapes)
+
+
+def svg_text(x, y, words, anchor="start"):
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{html.escape(str(words))}</text>'
+
+
+def svg_line(points, style=""):
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{points}" {style}/>'
+
+
+def write_svg(path, height, shapes):
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 {height}" font-size="13" '
+            f'font-family="sans-serif"><rect width="840" height="{height}" fill="#fff"/>'
+            f'<style>polyline {{fill: none; stroke: #000}}</style>')
+    with atomic(path) as temporary:
+        temporary.write_text("\n".join([head, *shapes, "</svg>"]) + "\n")
+    print(f"picture: {path}")
 
 
 def get_args(argv=None):
@@ -579,12 +726,15 @@ def get_args(argv=None):
     g = p.add_argument_group("what else is shown")
     g.add_argument("--report", action="store_true", help="more columns, and a report by class")
     g.add_argument("--grid", action="store_true", help="a table, teachers down and students across")
+    g.add_argument("--plot", metavar="FILE.svg", help="a picture: a row a run, AUC and accuracy")
+    g.add_argument("--curves", metavar="FILE.svg", help="a picture: training and validation curves")
     g.add_argument("--cam", metavar="FILE.png", help="Grad-CAM: a row an image, a column a run")
     g.add_argument("--image", metavar="FILE", help="read this JPEG or PNG and nothing else")
     g = p.add_argument_group("what is kept")
     g.add_argument("--json", metavar="FILE", help="the tables and every run's figures in one file")
     args = p.parse_args(argv)
-    if args.image and (args.report or args.grid or args.json or args.data):
+    judging = (args.report, args.grid, args.json, args.data, args.plot, args.curves)
+    if args.image and any(judging):
         p.error("--image reads one image and judges nothing: of the other flags only --cam goes "
                 "with it")
     return args
@@ -601,7 +751,7 @@ def main(argv=None):
             print(f"{folder} has no best.pt, or not yet: left out")
     records, loaded = [], {}
     for folder in ready:
-        with explain(f"{folder} is not a checkpoint of this project"):
+        with explain(f"{folder} cannot be judged"):
             records.append(judge(folder, args.device, args.data, args.cache, loaded))
     if len({(*r["data"].classes, *r["data"].test.ids) for r in records}) > 1:
         raise UserError("these runs were trained for different test images or classes: judge them "
@@ -610,9 +760,14 @@ def main(argv=None):
     for record in records:
         runs[str(record["folder"])] = kept(record, args.device)
         write_json(record["folder"] / "metrics.json", runs[str(record["folder"])])
+        write_predictions(record["folder"] / "predictions.csv", record["data"], record["test"])
     if args.report and not records[0]["data"].multilabel:
         text += reports(records)
     print("\n".join(text))
+    if args.plot:
+        plot(args.plot, variants(records))
+    if args.curves:
+        plot_curves(args.curves, variants(records))
     if args.cam:
         show_cams(args.cam, records, args.device)
     if args.json:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import Help, markdown, number, origin, prepare, run, usable_device
+from data import Help, aligned, number, origin, prepare, run, usable_device
 from evaluate import write_json
 from models import AUX_WEIGHT, bare_network, build, cost, forward, known_arch
 
@@ -203,7 +203,7 @@ def show(title, rows):
 
     lines = [[row, *(cell(row, *item) for item in columns.items())]
              for row, columns in rows.items()]
-    print("\n".join(markdown([title, *next(iter(rows.values()))], lines)))
+    print("\n".join(aligned([title, *next(iter(rows.values()))], lines)))
 
 
 def get_args(argv=None):

@@ -12,7 +12,6 @@ nothing more; any flag overrides it. Add --help to a command to see its defaults
 
 import argparse
 import copy
-import csv
 import math
 import os
 import sys
@@ -26,8 +25,8 @@ import torch
 import torch.distributed as dist
 
 import models
-from data import (Help, UserError, atomic, explain, fingerprint, load_as, number, origin, prepare,
-                  progress, random_affines, run, show_progress, table, usable_device)
+from data import (Help, UserError, explain, fingerprint, load_as, number, origin, prepare, progress,
+                  random_affines, run, show_progress, table, usable_device, write_csv)
 from evaluate import (MACHINE, mean, metrics, predict, refuse_foreign, refuse_leak, stopped_at,
                       unfinished)
 from kd import binary_kd_loss, distillation_loss, kd_loss, label_loss, mean_teacher
@@ -280,7 +279,7 @@ def train(args):
                 save_run(args, model, best, facts, history, optimizer)
                 best, saved = None, time.perf_counter()
         print(describe_epoch(args, history[-1]) + ("  best" if better else ""), flush=True)
-    print(f"{summary(history)}; {args.out}/best.pt\nnext: {next_command(args)}")
+    describe_end(args, history)
 
 
 def seed_for(*what):
@@ -451,11 +450,7 @@ def open_folder(args, done):
 
 
 def write_history(args, history, board):
-    path = Path(args.out) / "history.csv"
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, history[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
+    write_csv(Path(args.out) / "history.csv", history[0], (row.values() for row in history))
     for name, value in history[-1].items() if board else ():
         group = "validation" if name.startswith("val_") else "training"  # two groups of curves
         board.add_scalar(f"{group}/{name.removeprefix('val_')}", value, len(history))
@@ -484,23 +479,22 @@ def describe_epoch(args, row):
             f"lr {row['lr']:.2g}  {row['seconds']:.1f} s")
 
 
-def summary(history):
-    accuracy, val_accuracy = (100 * max(row[name] for row in history)
-                              for name in ("train_accuracy", "val_accuracy"))
-    loss, val_loss = (min(row[name] for row in history) for name in ("loss", "val_loss"))
-    return (f"best accuracy: train {accuracy:.1f}, validation {val_accuracy:.1f}; "
-            f"lowest loss: train {loss:.3f}, validation {val_loss:.3f}; "
-            f"{sum(row['seconds'] for row in history):.0f} s of training")
-
-
-def next_command(args):
-    if args.role != "teacher":
-        return f"python evaluate.py {args.out}"
-    return (f"python train.py --role student --teacher {args.out} --recipe {args.recipe} --data "
-            f"{args.data}")
+def describe_end(args, history):
+    best = {name: max(row[name] for row in history) for name in ("train_accuracy", "val_accuracy")}
+    low = {name: min(row[name] for row in history) for name in ("loss", "val_loss")}
+    spent = sum(row["seconds"] for row in history)
+    print(f"best accuracy: train {100 * best['train_accuracy']:.1f}, validation "
+          f"{100 * best['val_accuracy']:.1f}; lowest loss: train {low['loss']:.3f}, validation "
+          f"{low['val_loss']:.3f}; {spent:.0f} s of training; {args.out}/best.pt")
+    then = f"evaluate.py {args.out}"
+    if args.role == "teacher":
+        then = (f"train.py --role student --teacher {args.out} --recipe {args.recipe} "
+                f"--data {args.data}")
+    print(f"next: python {then}")
 
 
 # ---- the command line ----------------------------------------------------------------------------
+
 
 def run_name(p, args):
     """The role, and whatever differs from the recipe: student-T10-seed2, teacher-resnet18."""

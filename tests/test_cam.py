@@ -2,6 +2,7 @@
 fixture, and what it must leave as it was."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_the_layer_is_the_last_before_the_pooling():
     for arch, name in (("alexnet", "features.11"), ("vgg11", "features.19"), ("mnasnet1_0", "layers.16"),
                        ("densenet121", "features.norm5"), ("resnet18", "layer4.1")):  # fmt: skip
         model = models.build(arch, 2, 64).eval()
-        assert evaluate.last_maps(model, torch.zeros(1, 3, 64, 64)) is model.get_submodule(name)
+        assert evaluate.last_maps(model, torch.zeros(1, 3, 64, 64))[0] is model.get_submodule(name)
 
 
 @pytest.mark.parametrize("arch", ["swin_t", "vit_b_32"])
@@ -182,50 +183,88 @@ def pixels(path):
     return torch.from_numpy(np.array(Image.open(path))).int().permute(2, 0, 1)
 
 
-def test_the_picture_has_a_row_an_image_and_a_column_a_run(few_phantoms, capsys):
-    fit("--out", "t")
+def test_the_picture_has_a_row_an_image_and_a_column_a_run_with_maps_that_are_large_enough(few_phantoms, capsys):
+    fit("--out", "t", "--size", "128")
     fit("--out", "s", "--teacher", "t", "--size", "48", role="student")
     capsys.readouterr()
     evaluate.main(["t", "s", "--cam", "cams.png"])
-    assert "Grad-CAM of 6 images: cams.png" in capsys.readouterr().out
-    assert Image.open("cams.png").size == (3 * 227 + 3, 6 * 227 + 3)
+    text = capsys.readouterr().out
+    assert "Grad-CAM of 6 images: cams.png" in text
+    assert "no Grad-CAM of s: its last maps are 2 x 2, and less than 7 x 7" in text and "larger --size" in text
+    assert Image.open("cams.png").size == (2 * 227 + 3, 6 * 227 + 3)
+    evaluate.main(["s", "--cam", "none.png"])
+    assert "no Grad-CAM of s" in capsys.readouterr().out and not Path("none.png").exists()
 
 
-def shown(monkeypatch, classes, labels, margins):
+@pytest.mark.parametrize("arch, size, side", [
+    ("alexnet", 224, 13), ("inception_v3", 299, 8), ("resnet18", 224, 7), ("vit_b_32", 224, 7), ("swin_t", 224, 7),
+])  # fmt: skip
+def test_the_maps_are_as_large_as_the_network_is_known_for(arch, size, side):
+    model = models.build(arch, 2).eval()
+    assert evaluate.last_maps(model, torch.zeros(1, 3, size, size))[1] == side
+
+
+def test_phantoms_are_shown_with_the_rim_of_their_opacities(few_phantoms):
+    fit("--out", "t", "--size", "128")
+    evaluate.main(["t", "--cam", "cams.png"])
+    tiles, orange = pixels("cams.png")[:, 3:227, 3:227], torch.tensor([255, 90, 0]).view(3, 1, 1)
+    assert ((tiles - orange).abs().amax(0) < 60).sum() > 50
+
+
+def shown(monkeypatch, classes, labels, margins, groups=None):
     """What show_cams would draw: titles, rows of the images, targets. margins: of the second class."""
     drawn = []
-    monkeypatch.setattr(evaluate, "draw_cams", lambda path, runs, titles, device: drawn.append((runs, titles)))
+    monkeypatch.setattr(evaluate, "draw_cams", lambda path, titles, runs, device, masks: drawn.append((runs, titles)))
     monkeypatch.setattr(evaluate, "load_checkpoint", lambda folder: (torch.nn.Identity(), {}))
     images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)  # each knows its own row
-    split = SimpleNamespace(labels=torch.tensor(labels), images=images)
+    split = SimpleNamespace(labels=torch.tensor(labels), images=images, groups=groups or list(range(len(labels))))
     record = {"name": "t", "folder": "t", "data": SimpleNamespace(multilabel=False, classes=classes, test=split),
               "test": torch.tensor([[0.0, m] for m in margins])}  # fmt: skip
     evaluate.show_cams("cams.png", [record], torch.device("cpu"))
-    [([(_, _, rows, targets, texts)], titles)] = drawn
-    assert len(rows) == len(targets) == len(texts) == len(titles)
-    return titles, rows.flatten().tolist(), targets.tolist(), texts
+    [([(_, _, rows, targets, texts, wrong)], titles)] = drawn
+    assert len(rows) == len(targets) == len(texts) == len(titles) == len(wrong)
+    return titles, rows.flatten().tolist(), targets.tolist(), texts, wrong.tolist()
 
 
 @pytest.mark.parametrize("normal", ["normal", "NORMAL", "Normal"])
 def test_a_folder_called_normal_in_any_case_shows_nothing_to_look_for(normal, monkeypatch):
     labels = [0, 1] * 8
     margins = [-9.0 if k == 0 else 1 + i / 10 for i, k in enumerate(labels)]  # surest of what is normal
-    titles, rows, targets, texts = shown(monkeypatch, [normal, "pneumonia"], labels, margins)
-    assert titles == ["pneumonia"] * 6 and targets == [1] * 6
+    titles, rows, targets, texts, wrong = shown(monkeypatch, [normal, "pneumonia"], labels, margins)
+    assert titles == ["pneumonia"] * 6 and targets == [1] * 6 and not any(wrong)
     assert rows == [15, 13, 11, 9, 7, 5]  # the surest first
     assert texts[0] == f"{100 / (1 + math.exp(-2.5)):.0f} %"
 
 
-def test_where_no_class_is_normal_images_of_all_classes_are_shown(monkeypatch):
-    titles, *_ = shown(monkeypatch, ["ELBOW", "HAND"], [0, 1] * 8, [-9.0, 9.0] * 8)
-    assert set(titles) == {"ELBOW", "HAND"}
+def test_where_no_class_is_normal_the_classes_take_turns(monkeypatch):
+    margins = [-9.0, 2.0] * 8  # far surer of every ELBOW than of any HAND
+    titles, *_ = shown(monkeypatch, ["ELBOW", "HAND"], [0, 1] * 8, margins)
+    assert titles == ["ELBOW", "HAND"] * 3
 
 
-def test_the_last_two_images_are_called_wrongly_and_say_so(monkeypatch):
+def test_of_a_patient_the_surest_image_alone_is_shown(monkeypatch):
+    labels, margins = [1] * 12, [float(i) for i in range(1, 13)]
+    _, rows, *_ = shown(monkeypatch, ["normal", "ill"], labels, margins, groups=[f"p{i // 2}" for i in range(12)])
+    assert rows == [11, 9, 7, 5, 3, 1]
+
+
+def test_the_last_two_images_are_called_wrongly_and_crossed(monkeypatch):
     margins = [-3.0, 2.0] * 8
     margins[3], margins[7], margins[9] = -0.5, -1.0, -2.0  # three of class 1 that are called normal
-    titles, rows, *_ = shown(monkeypatch, ["normal", "ill"], [0, 1] * 8, margins)
-    assert titles == ["ill"] * 4 + ["ill, called wrongly"] * 2 and rows[4:] == [3, 7]
+    titles, rows, _, _, wrong = shown(monkeypatch, ["normal", "ill"], [0, 1] * 8, margins)
+    assert titles == ["ill"] * 6 and rows[4:] == [3, 7] and wrong == [False] * 4 + [True] * 2
+
+
+def test_a_caption_stays_on_its_tile_on_black_and_a_cross_marks_what_is_wrong():
+    grey = torch.full((3, 224, 224), 128.0)
+    short, long = (evaluate.caption(grey, "student-T1-of-a-teacher " * n) for n in (1, 5))
+    assert short.shape == long.shape == grey.shape
+    dark = [(tile == 0).all(0) for tile in (short, long)]
+    assert dark[1].any(1).sum() > 2.5 * dark[0].any(1).sum()  # more lines
+    white = (long > 200).all(0)
+    assert white.sum() > 200 and not white[:, -2:].any() and not (long != 128).any(0)[100:].any()
+    crossed = evaluate.caption(grey, "ill", True)
+    assert ((crossed != 128).any(0)[190:, 190:]).sum() > 50 and not (crossed != 128).any(0)[100:, :180].any()
 
 
 def save_run(folder, size, classes, favourite, arch="resnet18", multilabel=False):
@@ -247,7 +286,9 @@ def test_each_run_draws_its_own_call_and_its_own_heat_of_an_image_that_no_data_s
                 for name, size, classes, favourite, several in runs]  # fmt: skip
     captions = []
 
-    def no_text(tile, text):  # what would be written on a tile, and the tile without it
+    monkeypatch.setattr(evaluate, "MAPS", 2)
+
+    def no_text(tile, text, crossed=False):  # what would be written on a tile, and the tile without it
         captions.append(text)
         return tile.byte()
 

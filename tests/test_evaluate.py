@@ -9,17 +9,31 @@ import shutil
 from decimal import Decimal, localcontext
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import fit
 
 import data
 import evaluate
 import models
 import train
-from evaluate import (auc, bootstrap_weights, calibration_error, cell, comparable, interval, measure, metrics,
-                      over_seeds, report, tables, variants)
+from evaluate import (
+    auc,
+    bootstrap_weights,
+    calibration_error,
+    cell,
+    comparable,
+    interval,
+    measure,
+    metrics,
+    over_seeds,
+    report,
+    tables,
+    variants,
+)
 
 NAMES = evaluate.COLUMNS + evaluate.MORE
 
@@ -266,26 +280,28 @@ def test_two_seeds_are_drawn_as_two_coins_fall_and_each_from_its_own_sample_of_p
 
 def test_one_seed_has_the_interval_of_its_patients_and_no_deviation():
     samples = torch.cat([torch.tensor([0.5]), torch.arange(1001) / 1000])
-    assert cell([samples]) == "50.0 [2.5, 97.5]"
+    assert cell([samples]) == "50.0\n[2.5 97.5]" and cell([samples], sign="+") == "+50.0\n[+2.5 +97.5]"
+    assert cell([samples], "loss") == "0.500\n[0.025 0.975]"  # no percentage
 
 
 # ---- the report
 
 
 def test_the_report_holds_the_figures_that_scikit_learn_prints():
-    cells = [[c.strip() for c in line.strip("|").split("|")] for line in report([[2, 1], [1, 3]], ["NORMAL", "ILL"])]
-    assert [row for row in cells if len(row) > 1 and "---" not in row[0]] == [
-        ["", "precision", "recall", "f1-score", "support", "called NORMAL", "called ILL"],
+    text = report([[2, 1], [1, 3]], ["NORMAL", "ILL"])
+    assert [re.split(r" {2,}", line.strip()) for line in text if line] == [
+        ["precision", "recall", "f1-score", "support", "called NORMAL", "called ILL"],
         ["NORMAL", "0.67", "0.67", "0.67", "3", "2", "1"],
         ["ILL", "0.75", "0.75", "0.75", "4", "1", "3"],
-        ["macro avg", "0.71", "0.71", "0.71", "7", "", ""],
-        ["weighted avg", "0.71", "0.71", "0.71", "7", "", ""],
+        ["macro avg", "0.71", "0.71", "0.71", "7"],
+        ["weighted avg", "0.71", "0.71", "0.71", "7"],
     ]
 
 
 def test_the_report_tells_precision_from_recall_where_they_differ():
     text = report([[2, 2], [1, 5]], ["NORMAL", "ILL"])  # 4 NORMAL, of which 2 are found; 3 called so, 2 rightly
-    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:6]] for line in text if line}
+    rows = [re.split(r" {2,}", line.strip()) for line in text if line]
+    cells = {name: row[:4] for name, *row in rows}
     assert cells["NORMAL"] == ["0.67", "0.50", "0.57", "4"]  # 2/3, 2/4, 4/7
     assert cells["ILL"] == ["0.71", "0.83", "0.77", "6"]  # 5/7, 5/6, 10/13
     assert cells["macro avg"] == ["0.69", "0.67", "0.67", "10"]
@@ -387,10 +403,16 @@ def judged(name, logits, labels, classes, seed=0, history=None, repeats=300, **a
 
 
 def column(text, name):
-    """What a table says under a title: {row: cell}."""
-    lines = [[c.strip() for c in line.strip().strip("|").split("|")] for line in text if line.startswith("|")]
-    i = lines[0].index(name)
-    return {line[0]: line[i] for line in lines[2:] if len(line) == len(lines[0])}
+    """What the table of test images says under a title: {row: cell}, and {row: the line below it}."""
+    start = next(i for i, line in enumerate(text) if " test images, %" in line)
+    end = re.search(rf" {name}(?!\S)", text[start]).end()
+    lines = text[start + 2 : text.index("", start)]  # the title has two lines
+    cells = [(re.split(r" {2,}", line)[0], re.split(r" {2,}", line[:end])[-1] if line[end - 1 : end].strip() else "")
+             for line in lines]  # fmt: skip
+    rows = [i for i, line in enumerate(lines) if line[0] != " "]
+    below = {lines[i].split("  ")[0]: cells[i + 1] for i in rows if i + 1 not in rows and i + 1 < len(lines)}
+    names = {lines[i].split("  ")[0]: lines[i + 1].strip().split("  ")[0] for i in rows if i + 1 < len(lines)}
+    return {cells[i][0]: cells[i][1] for i in rows}, {name: cell for name, (_, cell) in below.items()}, names
 
 
 def test_a_finding_that_some_sample_leaves_without_a_positive_counts_neither_in_the_mean_nor_in_its_interval():
@@ -406,9 +428,10 @@ def test_a_finding_that_some_sample_leaves_without_a_positive_counts_neither_in_
     alone = judged("b", logits[:, ::2], labels[:, ::2], classes[::2])
     wanted = run["samples"]["auc"][:, ::2].mean(1)
     low, high = interval(100 * wanted[1:]).tolist()
-    [told] = [value for name, value in column(text, "auc").items() if name.startswith("a (")]
-    assert told == f"{100 * wanted[0]:.1f} [{low:.1f}, {high:.1f}]"
-    assert told == [value for name, value in column(tables([alone]), "auc").items() if name.startswith("b (")][0]
+    told, below, _ = column(text, "auc")
+    assert (told["a"], below["a"]) == (f"{100 * wanted[0]:.1f}", f"[{low:.1f} {high:.1f}]")
+    told_alone, below_alone, _ = column(tables([alone]), "auc")
+    assert (told["a"], below["a"]) == (told_alone["b"], below_alone["b"])
     [line] = [line for line in text if "left out" in line]
     assert "RARE" in line and "COMMON" not in line and "OFTEN" not in line
     assert not any("left out" in line for line in tables([alone]))
@@ -419,8 +442,8 @@ def test_a_rare_finding_is_left_out_of_every_seed_alike():
     labels[:, 1] = (torch.arange(60) == 3).float()
     runs = [judged(f"a-seed{i}", torch.randn(60, 2) + labels * i, labels, ["OFTEN", "RARE"], i) for i in range(2)]
     wanted = cell([run["samples"]["auc"][:, 0] for run in runs])
-    [told] = [value for name, value in column(tables(runs), "auc").items() if ", 2 seeds" in name]
-    assert told == wanted
+    told, below, names = column(tables(runs), "auc")
+    assert f"{told['a']}\n{below['a']}" == wanted and names["a"] == "resnet18, 2 seeds"
 
 
 @pytest.mark.parametrize("classes, told", [
@@ -436,28 +459,28 @@ def test_the_table_names_the_positive_class_where_there_is_one(classes, told):
 def test_the_floor_is_what_always_the_commonest_class_would_reach():
     labels = torch.tensor([1] * 30 + [0] * 10)
     text = tables([judged("a", torch.randn(40, 2), labels, ["NORMAL", "ILL"])])
-    assert column(text, "accuracy")["always ILL"] == "75.0" and column(text, "auc")["always ILL"] == "50.0"
-    assert column(text, "specificity")["always ILL"] == "0.0" and column(text, "ece")["always ILL"] == ""
+    told = {name: column(text, name)[0]["always ILL"] for name in ("accuracy", "auc", "specificity", "ece")}
+    assert told == {"accuracy": "75.0", "auc": "50.0", "specificity": "0.0", "ece": ""}
 
 
 def test_a_run_that_has_not_ended_is_named_so_in_its_row():
     logits, labels = torch.randn(40, 2), torch.arange(40) % 2
     part = judged("part", logits, labels, ["a", "b"], history=2, epochs=6)
     whole = judged("whole", logits, labels, ["a", "b"], history=6, epochs=6, lr=0.5)
-    names = column(tables([part, whole]), "accuracy")
-    assert "part (resnet18, epoch 2 of 6)" in names and "whole (resnet18)" in names
+    *_, names = column(tables([part, whole]), "accuracy")
+    assert names["part"] == "resnet18, epoch 2 of 6" and names["whole"] == "resnet18"
     seeds = [judged(f"x-seed{i}", logits, labels, ["a", "b"], i, history=n, epochs=6)
              for i, n in enumerate((6, 5))]  # fmt: skip
-    assert "x (resnet18, 2 seeds, epoch 5 of 6)" in column(tables(seeds), "accuracy")
+    assert column(tables(seeds), "accuracy")[2]["x"] == "resnet18, 2 seeds, epoch 5 of 6"
 
 
 def test_a_defective_teacher_has_ended_where_it_was_told_to_stop():
     logits, labels = torch.randn(40, 2), torch.arange(40) % 2
     accuracy = metrics(logits, labels, ["a", "b"])["accuracy"]
-    for stop_at, name in ((accuracy - 0.01, "d (resnet18)"), (accuracy + 0.01, "d (resnet18, epoch 2 of 6)")):
+    for stop_at, name in ((accuracy - 0.01, "resnet18"), (accuracy + 0.01, "resnet18, epoch 2 of 6")):
         shutil.rmtree("d", ignore_errors=True)
         run = judged("d", logits, labels, ["a", "b"], history=2, epochs=6, stop_at=stop_at)
-        assert name in column(tables([run]), "accuracy")
+        assert column(tables([run]), "accuracy")[2]["d"] == name
 
 
 def test_a_student_agrees_with_its_teachers_only_where_all_of_them_are_among_the_runs():
@@ -467,7 +490,7 @@ def test_a_student_agrees_with_its_teachers_only_where_all_of_them_are_among_the
     assert not any("agrees" in line for line in [*tables([s]), *tables([s, a])])
     together = a["test"].softmax(1) + b["test"].softmax(1)
     share = (s["test"].argmax(1) == together.argmax(1)).double().mean().item()
-    wanted = f"s (s) agrees with its teacher on {100 * share:.1f} % of the images"
+    wanted = f"s agrees with its teacher on {100 * share:.1f} % of the images"
     assert [line for line in tables([a, s, b]) if "agrees" in line] == [wanted]
 
 
@@ -493,10 +516,10 @@ def test_one_table_holds_the_floor_the_three_runs_their_agreement_and_the_paired
     kept = json.loads(open("all.json").read())
     assert kept["runs"] == {run: stored(run) for run in three_runs}
     assert text == "\n".join(kept["tables"]) + "\n"
-    for wanted in ("| always NORMAL ", "| teacher (squeezenet1_1) ", "| baseline (", "| student (",
-                   "positive: PNEUMONIA", "16 test images",
-                   "student (squeezenet1_1) minus baseline (squeezenet1_1), in points: accuracy "):  # fmt: skip
-        assert wanted in text, wanted
+    for wanted in ("always NORMAL ", "teacher ", "  squeezenet1_1 ", "baseline ", "student ",
+                   "positive: PNEUMONIA", "16 test images", "  minus baseline "):  # fmt: skip
+        assert f"\n{wanted}" in text, wanted
+    told, below, _ = column(kept["tables"][:-1], "accuracy")
     for folder in three_runs:
         run = stored(folder)
         at, asked = run["test"], models.load_checkpoint(folder)[1]
@@ -505,7 +528,9 @@ def test_one_table_holds_the_floor_the_three_runs_their_agreement_and_the_paired
         assert set(NAMES) | {"confusion", "interval"} == set(at) and set(NAMES) == set(at["interval"])
         low, high = at["interval"]["accuracy"]
         assert low <= at["accuracy"] <= high
-        assert f"| {100 * at['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in text
+        if not folder.endswith("student"):  # whose name has two rows, itself and what it gained
+            name = Path(folder).name
+            assert (told[name], below[name]) == (f"{100 * at['accuracy']:.1f}", f"[{100 * low:.1f} {100 * high:.1f}]")
         assert run["trained_by"]["commit"] and run["judged_by"]["torch"] and run["args"]["seed"] == 0
         assert run["images"] == run["patients"] == 16 and run["classes"] == ["NORMAL", "PNEUMONIA"]
         assert run["epoch"] == asked["epoch"] and run["cost"]["parameters"] > 7e5
@@ -515,7 +540,7 @@ def test_one_table_holds_the_floor_the_three_runs_their_agreement_and_the_paired
         x = data.prepare(data.load("phantoms", 32, ("test",)).test.images, torch.device("cpu"))
         same = student(x).argmax(1) == teacher(x).argmax(1)
     share = f"{100 * same.double().mean().item():.1f}"
-    assert f"student (squeezenet1_1) agrees with its teacher on {share} % of the images" in text
+    assert f"student agrees with its teacher on {share} % of the images" in text
     evaluate.main(["runs/baseline", "runs/student"])
     assert "agrees with its teacher" not in capsys.readouterr().out
 
@@ -529,7 +554,7 @@ def test_the_report_has_more_columns_and_the_figures_of_each_class(few_phantoms,
     text = capsys.readouterr().out
     at = stored(args.out)["test"]
     low, high = at["interval"]["loss"]
-    assert f"| {at['loss']:.3f} [{low:.3f}, {high:.3f}]" in text
+    assert f" {at['loss']:.3f}\n" in text and f" [{low:.3f} {high:.3f}]\n" in text
     for wanted in (*evaluate.MORE, "weighted avg", "called PNEUMONIA", f"{args.out}: best on validation in epoch"):
         assert wanted in text, wanted
 
@@ -557,7 +582,7 @@ def test_a_folder_without_weights_is_left_out_with_a_line_and_alone_it_is_an_err
     capsys.readouterr()
     evaluate.main([args.out, "runs/begun", "--json", "all.json"])
     text = capsys.readouterr().out
-    assert "runs/begun has no best.pt" in text and "| teacher" in text
+    assert "runs/begun has no best.pt" in text and "\nteacher" in text
     assert list(json.loads(open("all.json").read())["runs"]) == [args.out]
     with pytest.raises(data.UserError, match="No such file: runs/begun/best.pt"):
         evaluate.main(["runs/begun"])
@@ -569,7 +594,7 @@ def test_a_run_that_was_interrupted_is_judged_and_named_so(few_phantoms, capsys)
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))  # its title and one epoch
     capsys.readouterr()
     evaluate.main([args.out])
-    assert "(squeezenet1_1, epoch 1 of 2) |" in capsys.readouterr().out
+    assert "\n  squeezenet1_1, epoch 1 of 2 " in capsys.readouterr().out
 
 
 def test_what_is_no_number_is_null_in_the_files(tmp_path):
@@ -579,23 +604,89 @@ def test_what_is_no_number_is_null_in_the_files(tmp_path):
 
 
 def test_runs_that_differ_in_their_seed_share_a_row_of_their_mean_and_deviation(few_phantoms, capsys):
-    runs = [fit("--lr", "0.03", "--epochs", "6", "--seed", seed, role="baseline").out for seed in "01"]
+    runs = [fit("--lr", "0.03", "--epochs", "6", "--seed", seed, role="baseline").out for seed in "02"]
     capsys.readouterr()
     evaluate.main(runs)
     text = capsys.readouterr().out
-    [row] = [line for line in text.splitlines() if ", 2 seeds) " in line]
     for name in ("accuracy", "ece"):
         values = 100 * torch.tensor([stored(run)["test"][name] for run in runs])
-        assert f"| {values.mean():.1f} ± {values.std():.1f} [" in row, name
+        [told] = [cell for row, cell in column([*text.splitlines(), ""], name)[0].items() if "baseline" in row]
+        assert told == f"{values.mean():.1f} ± {values.std():.1f}", name
+    assert ", 2 seeds " in text
     assert values.std() > 0.1  # of the calibration error, which two seeds never share
 
 
-def test_evaluating_writes_nothing_but_the_metrics(few_phantoms):
+def test_evaluating_writes_nothing_but_the_metrics_and_the_predictions(few_phantoms):
     args = fit()
     before = {p.name: p.read_bytes() for p in Path(args.out).iterdir()}
     evaluate.main([args.out])
     after = {p.name: p.read_bytes() for p in Path(args.out).iterdir()}
-    assert after.pop("metrics.json") and after == before
+    assert after.pop("metrics.json") and after.pop("predictions.csv") and after == before
+
+
+def test_the_predictions_rebuild_every_figure_elsewhere(kermany, few_phantoms):
+    args = fit("--data", str(kermany), "--recipe", "scratch")
+    findings = fit("--data", "findings", "--recipe", "findings")
+    for out, classes in ((args.out, ["NORMAL", "PNEUMONIA"]), (findings.out, ["OPACITY", "LARGE_HEART", "FLUID"])):
+        evaluate.main([out])
+        rows = data.read_csv(Path(out) / "predictions.csv")
+        p = torch.tensor([[float(row[name]) for name in classes] for row in rows]).double()
+        if out == args.out:
+            assert len(rows) == 12 and {row["patient"] for row in rows if "virus" in row["image"]} == {
+                f"person{i}_virus" for i in range(100, 104)}  # fmt: skip
+            labels = torch.tensor([int(row["label"]) for row in rows])
+            assert [classes[k] in row["image"] for k, row in zip(labels, rows, strict=True)] == [True] * 12
+            assert torch.allclose(p.sum(1), torch.ones(12).double(), atol=1e-6)
+            again = metrics(p.log(), labels, classes)
+        else:
+            labels = torch.tensor([[float(row[f"label {name}"]) for name in classes] for row in rows])
+            again = metrics(p.logit(), labels, classes)
+        for name in ("accuracy", "auc"):
+            assert stored(out)["test"][name] == pytest.approx(again[name], abs=1e-4), name
+
+
+def shapes(path, tag):
+    return [shape for shape in ElementTree.parse(path).iter() if shape.tag.endswith(tag)]
+
+
+def test_the_plot_has_a_dot_a_run_at_its_figure_and_a_line_over_its_interval():
+    labels = torch.arange(60) % 2
+    runs = [judged(name, torch.randn(60, 2) + 2 * F.one_hot(labels, 2), labels, ["a", "b"], role=role)
+            for name, role in (("one & only", "baseline"), ("two", "student"))]  # fmt: skip
+    runs[0]["args"] = {**runs[1]["args"], "role": "baseline"}
+    groups = variants(runs)
+    evaluate.plot("plot.svg", groups)
+    dots, lines = shapes("plot.svg", "circle"), shapes("plot.svg", "polyline")
+    assert len(dots) == 2 * (2 + 1)  # AUC and accuracy; two runs and their difference
+    wide = [line for line in lines if line.get("stroke-width") == "2"]
+    for i, values in enumerate([*(r["samples"]["accuracy"] for r in runs)]):
+        low, high = (100 * end for end in interval(values[1:]).tolist())
+        [a, b] = [float(point.split(",")[0]) for point in wide[2 + i].get("points").split()]
+        at = float(dots[2 + i].get("cx"))
+        assert (at - a) / (b - a) == pytest.approx((100 * values[0].item() - low) / (high - low), abs=0.02)
+    said = [text.text for text in shapes("plot.svg", "text")]
+    gain = 100 * (runs[1]["samples"]["auc"][0] - runs[0]["samples"]["auc"][0]).item()
+    for words in ("one & only", "  minus one & only", "auc, %", "accuracy, points gained", "0", f"{gain:.1f}"):
+        assert words in said, words
+
+
+def test_the_curves_go_through_the_accuracies_of_every_epoch(few_phantoms):
+    runs = [fit("--seed", seed, "--epochs", "4", role="baseline").out for seed in "01"]
+    evaluate.main([*runs, "--curves", "curves.svg"])
+    curves = [line for line in shapes("curves.svg", "polyline") if line.get("stroke-width") is None]
+    assert [line.get("stroke-dasharray") for line in curves] == ["5 3", None] * 2  # one panel, two seeds
+    told = [[float(row[name]) for row in data.read_csv(Path(run) / "history.csv")]
+            for run in runs for name in ("train_accuracy", "val_accuracy")]  # fmt: skip
+    heights = [[float(point.split(",")[1]) for point in line.get("points").split()] for line in curves]
+    flat = torch.tensor([sum(told, []), sum(heights, [])]).double()
+    assert heights[0][0] != heights[1][0] and torch.corrcoef(flat)[0, 1].item() == pytest.approx(-1, abs=1e-6)
+
+
+def test_the_table_of_many_seeds_fits_a_hundred_columns():
+    labels = torch.arange(60) % 2
+    runs = [judged(f"student-T10-seed{i}", torch.randn(60, 2), labels, ["NORMAL", "PNEUMONIA"], i, arch="inception_v3")
+            for i in range(5)]  # fmt: skip
+    assert max(len(line) for line in tables(runs)) <= 100
 
 
 def test_decoded_images_are_kept_where_evaluate_is_told_and_never_where_the_run_was_trained(few_phantoms):
@@ -647,7 +738,8 @@ def test_classes_other_than_those_of_training_are_refused(kermany, few_phantoms)
         evaluate.main([args.out, "--data", str(kermany)])
 
 
-@pytest.mark.parametrize("flags", [["--json", "b.json"], ["--report"], ["--grid"], ["--data", "images"]])
+@pytest.mark.parametrize("flags", [["--json", "b.json"], ["--report"], ["--grid"], ["--data", "images"],
+                                   ["--plot", "p.svg"], ["--curves", "c.svg"]])
 def test_flags_that_would_be_ignored_beside_a_single_image_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as end:
         evaluate.get_args(["a", "--image", "image.png", *flags])

@@ -83,7 +83,7 @@ def run(words):
 def shape(text):
     """The lines of a text without its digits, widths and names of networks."""
     text = re.sub(r"inception_v3|alexnet", "NETWORK", text).replace("  best\n", "\n")
-    text = re.sub(r"-?\d+(\.\d+)?", "0", text)
+    text = re.sub(r"[+-]?\d+(\.\d+)?", "0", text)
     return [re.sub(r"[-\s]+", " ", line).strip() for line in text.splitlines() if line.strip()]
 
 

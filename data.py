@@ -127,7 +127,7 @@ def load_split(data, records, split, size, cache):
                         f"Expected some of every class; add images of other patients")
     folder = [r for r in records if r["folder"] == chosen[0]["folder"]]
     if data.source in PHANTOM_SOURCES:
-        made_from, blocks = len(folder), draw_blocks(data.source, split, size)
+        made_from, blocks = PHANTOMS[split], draw_blocks(data.source, split, size)
     else:
         stats = [(r["id"], r["negative"], os.stat(r["path"])) for r in folder]
         made_from = [(id, negative, s.st_size, s.st_mtime_ns) for id, negative, s in stats]

@@ -267,6 +267,13 @@ def test_a_cache_that_could_not_be_finished_leaves_nothing_behind(kermany):
     assert list((kermany.parent / "cache").iterdir()) == []
 
 
+@pytest.mark.parametrize("n, seed", [(24, 21), (16, 11)])
+def test_phantoms_of_another_seed_or_number_are_not_read_from_the_cache_of_the_first(monkeypatch, n, seed):
+    for phantoms in ((24, 11), (n, seed)):
+        monkeypatch.setattr(data, "PHANTOMS", {"train": phantoms, "val": (4, 12)})
+        assert torch.equal(split_of("phantoms").images, data.phantoms(phantoms[0], 32, phantoms[1])[0])
+
+
 def test_no_image_is_decoded_twice_at_one_size_and_no_test_image_for_training(kermany, monkeypatch):
     decoded, decode = [], data.decode
     monkeypatch.setattr(data, "decode", lambda path, *a: (decoded.append(path), decode(path, *a))[1])

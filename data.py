@@ -14,6 +14,7 @@ out of the training images by patient; it depends on the patients' names alone, 
 import argparse
 import ast
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -41,7 +42,6 @@ VERSION = 3  # of the cache: raise it when the same files would give other pixel
 URL = ("https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/"
        "f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded")
 SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
-PAPER = {"train": (1363, 3922), "test": (236, 394)}  # arXiv 2406.08837, Table III
 MEAN = torch.tensor([0.485, 0.456, 0.406])  # ImageNet's, which pre-trained networks expect
 STD = torch.tensor([0.229, 0.224, 0.225])
 
@@ -66,7 +66,6 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
     labels: (N,) class indices, -1 unknown; or, where an image may have several findings
     (data.multilabel), (N, K) floats 0, 1 or NaN, unknown. groups: the patients. Also data.classes,
     .multilabel and .source. Row i is image i in all of them. Only evaluate.py asks for "test".
-
     unlabelled: whether training images that --labels-per-class leaves without a label stay.
     """
     records, names = list_images(str(source), classes, uncertain)
@@ -74,8 +73,8 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
     if len(names) < 2 or classes not in (None, len(names)):
         raise UserError(f"{source} has the classes {names}. Expected {classes or 'at least 2'}")
     if multilabel and (per_class or wrong_labels):
-        raise UserError(f"--per-class and --wrong-labels expect one class an image; the images of "
-                        f"{source} may have several findings")
+        raise UserError(f"--per-class and --wrong-labels expect one class an image; those of "
+                        f"{source} may have several findings. Leave both flags out")
     counts = {"train": per_class}
     if all(r["split"] != "val" for r in records):  # the phantoms have validation images already
         carve_validation(records, val_fraction)
@@ -91,40 +90,38 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
         hide_labels(records, labels_per_class, len(names), unlabelled)
     data = SimpleNamespace(classes=names, multilabel=multilabel, source=str(source))
     data.test_groups = {r["group"] for r in records if r["split"] == "test"}
-    if "test" not in splits:
-        warn_about_test(data, records)
+    check_splits(data, records, splits)
     for split in splits:
         setattr(data, split, load_split(data, records, split, size, cache))
     return data
 
 
-def warn_about_test(data, records):
-    """Say before hours of training what evaluate.py would refuse after them."""
-    for k in missing_kinds(data, [r for r in records if r["split"] == "test"]):
-        print(f"{data.source} has no test images of {data.classes[k]}: evaluate.py will need some")
-    if shared := data.test_groups & {r["group"] for r in records if r["folder"] != "test"}:
-        print(f"{len(shared)} patients of {data.source} are in both train and test, such as "
-              f"{min(shared)}: evaluate.py will refuse this run")
-
-
-def missing_kinds(data, records):
-    return set(range(1 if data.multilabel else len(data.classes))) - {r["kind"] for r in records}
+def check_splits(data, records, splits):
+    """Refuse a split that lacks a class; say before training what evaluate.py will refuse."""
+    for split in (*splits, "test"):
+        kinds = {r["kind"] for r in records if r["split"] == split}
+        needed = data.classes[:1] if data.multilabel else data.classes
+        if missing := [name for k, name in enumerate(needed) if k not in kinds]:
+            problem = f"{data.source} has no {split} images of {', '.join(missing)}"
+            if split in splits:
+                raise UserError(f"{problem}. Expected some of every class; add other patients")
+            tell(f"{problem}: evaluate.py will need some")
+    shared = data.test_groups & {r["group"] for r in records if r["folder"] != "test"}
+    if shared and "test" not in splits:
+        tell(f"{len(shared)} patients of {data.source} are in both train and test, such as "
+             f"{min(shared)}: evaluate.py will refuse this run")
 
 
 def load_as(args, size, splits, cache, source=None):
     """load() as a run's flags say, a dict: the same images for training and for judging."""
-    flags = ("per_class", "labels_per_class", "classes", "val_fraction", "uncertain",
-             "wrong_labels")
-    return load(source or args["data"], size, splits, **{flag: args[flag] for flag in flags},
-                unlabelled=args["role"] == "student", cache=cache)
+    names = "per_class labels_per_class classes val_fraction uncertain wrong_labels".split()
+    return load(source or args["data"], size, splits, cache=cache,
+                unlabelled=args["role"] == "student", **{name: args[name] for name in names})
 
 
 def load_split(data, records, split, size, cache):
     """One split as tensors: rows of the table that holds all images of its folder."""
     chosen = [r for r in records if r["split"] == split]
-    if missing := missing_kinds(data, chosen):
-        raise UserError(f"{data.source} has no {split} images of {data.classes[min(missing)]}. "
-                        f"Expected some of every class; add images of other patients")
     folder = [r for r in records if r["folder"] == chosen[0]["folder"]]
     if data.source in PHANTOM_SOURCES:
         made_from, blocks = PHANTOMS[split], draw_blocks(data.source, split, size)
@@ -136,13 +133,10 @@ def load_split(data, records, split, size, cache):
     path = Path(cache) / f"{name}-{fingerprint(VERSION, made_from)}.npy"
     pixels = table(path, len(folder), blocks)  # (all images of the folder, 1, size, size)
     rows = torch.tensor([i for i, r in enumerate(folder) if r["split"] == split])
-    images = SimpleNamespace(
-        images=pixels[rows, :1],  # a copy in memory: 50 kB an image at 224
-        labels=torch.tensor([r["label"] for r in chosen]),
-        ids=[r["id"] for r in chosen],
-        groups=[r["group"] for r in chosen],
-        fingerprint=fingerprint(path.name, rows.tolist()),
-    )
+    images = SimpleNamespace(  # a copy in memory: 50 kB an image at 224
+        images=pixels[rows, :1], labels=torch.tensor([r["label"] for r in chosen]),
+        ids=[r["id"] for r in chosen], groups=[r["group"] for r in chosen],
+        fingerprint=fingerprint(path.name, rows.tolist()))
     if data.source in PHANTOM_SOURCES:
         images.masks = pixels[rows, 1] > 0
     return images
@@ -159,19 +153,16 @@ def list_images(source, classes=None, uncertain="ignore"):
         if csvs := sorted(root.glob(pattern)):
             newest = csvs[-1]  # ChestX-ray14 was corrected in Data_Entry_2017_v2020.csv
             with explain(f"{newest} is not the CSV that its authors published; fetch it again"):
-                records = list_set(newest, uncertain)
+                records = list(list_set(newest, uncertain))
             found = [r for r in records if r["path"] and os.path.exists(r["path"])]
             if len(found) < len(records):
-                print(f"{len(records) - len(found)} images of the CSV are not in {root}: left out")
+                tell(f"{len(records) - len(found)} images of the CSV are not in {root}: left out")
             return found, findings
     for folder in (root, root / "chest_xray"):  # archives hold one folder more, or a copy inside
         if (folder / "train").is_dir():
             return list_class_folders(folder, classes)
-    folders = ", ".join(sorted(folder.name for folder in root.glob("*/"))[:9]) or "none"
-    why = f"No folder train in {source}, but {folders}"
-    why = why if root.exists() else f"No such folder: {source}"
-    raise UserError(f"{why}. Expected train/CLASS/*.jpeg and test/CLASS/*.jpeg, or a public set "
-                    f"with its CSV; python data.py --download {source} fetches the public one")
+    raise UserError(f"No folder train in {source}. Expected train/CLASS/*.jpeg, test/CLASS/*.jpeg, "
+                    f"or a CSV set; python data.py --download {source} fetches the public images")
 
 
 def record(id, label, folder, path=None, group=None, negative=False):
@@ -185,16 +176,15 @@ def record(id, label, folder, path=None, group=None, negative=False):
 def list_class_folders(root, classes):
     """Kermany's set as Kaggle or Mendeley ship it, MURA v1.1, or any folders like theirs.
 
-    A class is a folder, and all images below it are its images. Test images lie in `test`, or else
-    in `valid` (MURA's). Kaggle's `val` holds 16 images: too few to choose anything by, so they go
-    back to train. With classes=3, pneumonia is divided by the names of its files.
+    All images below a class's folder are its images. Test images lie in `test`, or else in `valid`
+    (MURA's). Kaggle's `val` holds 16 images, too few to choose by: they go back to train.
     """
     root = root.absolute()
     test = "test" if (root / "test").is_dir() else "valid"
     folders = [d for split in ("train", "val", test) for d in (root / split).glob("[!._]*/")]
     names = sorted({d.name for d in folders}, key=lambda name: (name.upper() != "NORMAL", name))
     three = classes == 3 and names == ["NORMAL", "PNEUMONIA"]
-    records, nameless = [], 0
+    records = []
     for path in sorted(path for folder in folders for path in files_below(folder)):
         id = path[len(str(root)) + 1 :].replace(os.sep, "/")
         split, class_name, rest = id.split("/", 2)
@@ -202,16 +192,15 @@ def list_class_folders(root, classes):
         if three and label:
             kind = re.search("bacteria|virus", rest.lower())
             if not kind:
-                raise UserError(f"--classes 3 expects bacteria or virus in the names of pneumonia "
+                raise UserError(f"--classes 3 expects bacteria or virus in names of pneumonia "
                                 f"images, not {path}. Use --classes 2")
             label = 1 + (kind[0] == "virus")
         patient = PATIENT.search(rest)
-        nameless += patient is None
-        records.append(record(id, label, "test" if split == test else "train", path,
-                              patient and patient[0]))
-    if nameless:
-        print(f"{nameless} of {len(records)} file names tell no patient: each such image counts as "
-              f"a patient of its own (see PATIENT in data.py)")
+        folder = "test" if split == test else "train"
+        records.append(record(id, label, folder, path, patient and patient[0]))
+    if nameless := sum(r["group"] == r["id"] for r in records):
+        tell(f"{nameless} of {len(records)} file names tell no patient: each such image counts as "
+             f"a patient of its own (see PATIENT in data.py)")
     names = [name.removeprefix("XR_") for name in names]
     return records, ["NORMAL", "BACTERIAL", "VIRAL"] if three else names
 
@@ -236,80 +225,64 @@ def read_csv(path):
 
 def files_below(root):
     """The paths of all images below a folder."""
-    paths = [os.path.join(d, name) for d, _, files in os.walk(root, followlinks=True)
-             for name in files if IMAGE_FILE.fullmatch(name)]
-    if odd := [path for path in paths if path.encode(errors="replace").decode() != path]:
-        raise UserError(f"{odd[0]!r} is not a file name in UTF-8. Rename it")
-    return paths
+    return [os.path.join(d, name) for d, _, files in os.walk(root, followlinks=True)
+            for name in files if IMAGE_FILE.fullmatch(name)]
 
 
 def list_chestxray14(path, _):
     """ChestX-ray14: findings separated by |; test_list.txt names the test images."""
-    records, paths = [], {os.path.basename(p): p for p in files_below(path.parent)}
+    paths = {os.path.basename(p): p for p in files_below(path.parent)}
     test = set((path.parent / "test_list.txt").read_text().split())
     for row in read_csv(path):
         id, found = row["Image Index"], row["Finding Labels"].split("|")
-        records.append(record(id, [float(name in found) for name in CHESTXRAY14],
-                              "test" if id in test else "train", paths.get(id), row["Patient ID"]))
-    return records
+        yield record(id, [float(name in found) for name in CHESTXRAY14],
+                     "test" if id in test else "train", paths.get(id), row["Patient ID"])
 
 
 def list_chexpert(path, uncertain):
-    """CheXpert: a column a finding, 1.0, 0.0, -1.0 (uncertain) or empty (not mentioned: 0).
-
-    uncertain: -1.0 is left out ("ignore"), or taken for 0 ("zero") or 1 ("one"). Side views are
-    left out. Its published validation set, valid.csv, is our test set.
-    """
+    """CheXpert: a column a finding, 1.0, 0.0, -1.0 (uncertain) or empty (not mentioned: 0). Side
+    views are left out. Its published validation set, valid.csv, is our test set."""
     unsure = {"ignore": math.nan, "zero": 0.0, "one": 1.0}[uncertain]
-    values, records = {"": 0.0, "0.0": 0.0, "1.0": 1.0, "-1.0": unsure}, []
+    values = {"": 0.0, "0.0": 0.0, "1.0": 1.0, "-1.0": unsure}
     for name, split in (("train.csv", "train"), ("valid.csv", "test")):
         for row in read_csv(path.with_name(name)):
             if row["Frontal/Lateral"] == "Frontal":
                 id = row["Path"]  # its first folder is the set's own name, which may differ here
-                records.append(record(id, [values[row[finding]] for finding in CHEXPERT], split,
-                                      os.path.join(path.parent, id.split("/", 1)[1]),
-                                      PATIENT.search(id)[0]))
-    return records
+                yield record(id, [values[row[finding]] for finding in CHEXPERT], split,
+                             os.path.join(path.parent, id.split("/", 1)[1]), PATIENT.search(id)[0])
 
 
 def list_padchest(path, _):
-    """PadChest: a Python list in a cell; 16-bit files, some of them negatives; frontal views only.
-
-    Images without a report, or to "exclude" by it, are left out. There is no test split of its own:
-    a tenth of its patients, chosen by name, is held back.
-    """
-    records, paths = [], {os.path.basename(p): p for p in files_below(path.parent)}
+    """PadChest: a Python list in a cell; 16-bit files, some of them negatives. Side views and
+    images without a report, or to "exclude" by it, are left out. There is no test split of its own:
+    a tenth of the patients, chosen by name, is held back."""
+    paths = {os.path.basename(p): p for p in files_below(path.parent)}
     for row in read_csv(path):
         found = [word.strip() for word in ast.literal_eval(row["Labels"] or "[]") if word]
         frontal = row["Projection"] in ("PA", "AP", "AP_horizontal")
         if frontal and found and "exclude" not in found:
             id, patient = row["ImageID"], row["PatientID"]
-            records.append(record(id, [float(name in found) for name in PADCHEST],
-                                  "test" if lot(f"test {patient}") < 0.1 else "train",
-                                  paths.get(id), patient,
-                                  row["PhotometricInterpretation_DICOM"] == "MONOCHROME1"))
-    return records
+            yield record(id, [float(name in found) for name in PADCHEST],
+                         "test" if lot(f"test {patient}") < 0.1 else "train", paths.get(id),
+                         patient, row["PhotometricInterpretation_DICOM"] == "MONOCHROME1")
 
 
 # ---- which image is used for what ----------------------------------------------------------------
 
 
 def lot(name):
-    """A number in [0, 1) that the name alone decides, the same on every machine."""
+    """A number in [0, 1) that follows from the name alone, the same on every machine."""
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:6]) / 2**48
 
 
 def carve_validation(records, fraction):
     """Move whole patients from train to val, until every class has given up its fraction of images.
-
-    Two images of one child look alike: with a child on both sides, validation would reward
-    recognising the child.
-    """
-    patients = {}
+    With a child on both sides, validation would reward recognising the child."""
+    patients, counts = defaultdict(list), Counter()
     for r in records:
         if r["split"] == "train":
-            patients.setdefault(r["group"], []).append(r)
-    counts = Counter(r["kind"] for same in patients.values() for r in same)
+            patients[r["group"]].append(r)
+            counts[r["kind"]] += 1
     wanted = {kind: max(1, round(fraction * n)) for kind, n in counts.items()}
     for group in sorted(patients, key=lot):
         if any(wanted[r["kind"]] > 0 for r in patients[group]):
@@ -328,7 +301,7 @@ def keep_per_class(records, counts, names):
                 r["split"] = "unused"
             found += min(n, len(same))
         if found < sum(counts.values()):
-            print(f"--per-class {sum(counts.values())}: only {found} images of {name}")
+            tell(f"--per-class {sum(counts.values())}: only {found} images of {name}")
 
 
 def hide_labels(records, n, n_classes, unlabelled):
@@ -358,10 +331,7 @@ def decode(path, size, negative=False):
 
 
 def decode_blocks(records, size):
-    """Yield the images of the records as arrays (up to 512, 1, size, size); name unreadable files.
-
-    Threads are enough: PIL decodes without holding Python's lock.
-    """
+    """Yield the images as arrays (up to 512, 1, size, size); name the files that are unreadable."""
     bad, dark = [], 0
 
     def pixels(r):
@@ -371,25 +341,23 @@ def decode_blocks(records, size):
             bad.append(f"{r['path']} ({first_line(error)})")
             return np.zeros((1, size, size), np.uint8)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes without holding Python's lock
         for start in progress(range(0, len(records), 512), "decoding images, blocks of 512"):
             block = np.stack(list(pool.map(pixels, records[start : start + 512])))
             dark += int((block.max((1, 2, 3)) < 16).sum())
             yield block
     if bad:
-        raise UserError(f"{len(bad)} of {len(records)} images cannot be read. Repair or remove "
-                        f"them: {'; '.join(sorted(bad))}")
+        raise UserError(f"{len(bad)} of {len(records)} images cannot be read. "
+                        f"Repair or remove them: {'; '.join(sorted(bad))}")
     if dark:
-        print(f"{dark} of {len(records)} images are nearly black: no pixel is above 15 of 255. "
-              f"Files of 16 bits that use only 12 must be multiplied by 16 first")
+        tell(f"{dark} of {len(records)} images are nearly black: no pixel is above 15 of 255. "
+             f"Files of 16 bits that use only 12 must be multiplied by 16 first")
 
 
 def table(path, n, blocks):
     """A tensor of n rows that is computed once, kept in `path` and mapped from there ever after.
-
-    blocks: a generator of arrays, n rows in all, written one by one because a table may be larger
-    than the memory. It is not even started where the file exists.
-    """
+    blocks: a generator of arrays, n rows in all, not started where the file exists. A table may be
+    larger than the memory."""
     if not path.exists():
         with atomic(path) as temporary, open(temporary, "wb") as file:
             for i, block in enumerate(blocks):
@@ -440,7 +408,6 @@ PHANTOMS = {"train": (640, 11), "val": (160, 12), "test": (600, 15)}  # images, 
 
 def phantoms(n, size, seed):
     """n drawn chest X-rays: images (n, 1, size, size) uint8, labels (n,), masks (n, size, size).
-
     Half of them show pneumonia: one to three hazy opacities in the lungs, where the mask is True.
     """
     labels = torch.arange(n) % 2
@@ -471,16 +438,16 @@ def draw_blocks(source, split, size):
 
 def draw(n, size, seed, findings):
     """images, masks of the opacities, masks of the lungs. findings: (n, 1 or 3) of 0 and 1."""
-    chests, drawn = random_chests(n, seed, findings), []
-    for i in progress(range(n), "drawing phantoms"):
-        drawn.append(draw_chest({name: value[i] for name, value in chests.items()}, size))
+    chests = random_chests(n, seed, findings)
+    drawn = [draw_chest({name: value[i] for name, value in chests.items()}, size)
+             for i in progress(range(n), "drawing phantoms")]
     images, masks, lungs = (torch.stack(parts) for parts in zip(*drawn, strict=True))
     return images[:, None], masks, lungs
 
 
 def random_chests(n, seed, findings):
-    """What tells n chests apart, {name: (n, ...)}. The same seed gives the same chests at every
-    size, so a teacher may see them at 112 pixels and its student at 80."""
+    """The shapes of n chests, {name: (n, ...)}: the same at every size, so that a teacher may see
+    them at 112 pixels and its student at 80."""
     g = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
@@ -488,12 +455,10 @@ def random_chests(n, seed, findings):
 
     opacity, large_heart, fluid = F.pad(findings, (0, 3 - findings.shape[1])).unbind(1)
     chests = {
-        "angle": uniform(-0.08, 0.08), "scale": uniform(0.92, 1.08),
-        "shift": uniform(-0.05, 0.05, 2),
-        "exposure": uniform(0.85, 1.10), "heart": uniform(0.26, 0.36) + 0.12 * large_heart,
-        "lung": uniform(0.9, 1.1, 2), "ribs": uniform(10, 13), "rib_phase": uniform(0, 6.3),
-        "fluid": fluid,
-    }
+        "fluid": fluid, "angle": uniform(-0.08, 0.08), "scale": uniform(0.92, 1.08),
+        "shift": uniform(-0.05, 0.05, 2), "exposure": uniform(0.85, 1.10),
+        "heart": uniform(0.26, 0.36) + 0.12 * large_heart, "lung": uniform(0.9, 1.1, 2),
+        "ribs": uniform(10, 13), "rib_phase": uniform(0, 6.3)}
     # Nine soft spots, each an x, y, radius and strength: 3 opacities (large), 6 vessels (small).
     x = torch.cat([uniform(0.30, 0.55, 3), uniform(0.08, 0.38, 6)], 1) * uniform(-1, 1, 9).sign()
     y = torch.cat([uniform(-0.45, 0.35, 3), uniform(-0.3, 0.3, 6)], 1)
@@ -538,6 +503,12 @@ def draw_chest(chest, size):
 
 
 # ---- small things that all scripts share ---------------------------------------------------------
+
+
+@functools.cache
+def tell(text):
+    """Print a text once a process: load(), called again at a teacher's size, would repeat it."""
+    print(text)
 
 
 def run(main):
@@ -633,11 +604,9 @@ def number(kind, low, high=math.inf):
 
 def origin(device):
     """What a number came from: command, commit, versions and machine."""
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:  # no git on this machine
-        commit = "unknown"
+    git = subprocess.run("git describe --always --dirty --abbrev=12", shell=True, text=True,
+                         capture_output=True, cwd=Path(__file__).parent)
+    commit = git.stdout.strip() or "unknown"  # no repository, or no git on this machine
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {"command": " ".join(sys.argv), "commit": commit, "torch": str(torch.__version__),
             "device": cpu if "cuda" not in str(device) else torch.cuda.get_device_name(device)}
@@ -664,52 +633,46 @@ def show_progress(text, done=0, total=0, start=0.0, more=""):
 
 
 def audit(source, classes=None):
-    """Table III, and whatever would make a result on these images less than it seems."""
+    """Counts, and whatever would make a result on these images less than it seems."""
     records, names = list_images(source, classes)
-    rows = []
+    patients = defaultdict(list)  # (split, class): the patient of each image
+    for r in records:
+        patients[r["split"], "all"].append(r["group"])
+        for k, name in enumerate(names):
+            if r["label"] == k or isinstance(r["label"], list) and r["label"][k] == 1:
+                patients[r["split"], name].append(r["group"])
+    rows, header = [], ["images (patients)", *names, "all"]
     for split in ("train", "val", "test"):
-        mine = [r for r in records if r["split"] == split]
-        columns = [[r for r in mine if r["label"] == k or isinstance(r["label"], list)
-                    and r["label"][k] == 1] for k in range(len(names))] + [mine]
-        if mine:
-            rows.append([split, *(f"{len(column)} ({len({r['group'] for r in column})})"
-                                  for column in columns)])
-        public = names[1:] == ["PNEUMONIA"] and any(r["group"] != r["id"] for r in mine)
-        if split in PAPER and public:
-            rows.append(["the paper", *map(str, (*PAPER[split], sum(PAPER[split])))])
-    print("\n".join(aligned(["images (patients)", *names, "all"], rows)))
-    train, test = ({r["group"] for r in records if r["split"] == s} for s in ("train", "test"))
-    print(f"\npatients in both train and test: {len(train & test)}")
+        if patients[split, "all"]:
+            cells = [patients[split, name] for name in header[1:]]
+            rows.append([split, *(f"{len(cell)} ({len(set(cell))})" for cell in cells)])
+    print("\n".join(aligned(header, rows)))
+    shared = {*patients["train", "all"]} & {*patients["test", "all"]}
+    print(f"\npatients in both train and test: {len(shared)}")
     if source in PHANTOM_SOURCES:
         return
-    bad, splits_of = [], {}  # the splits in which a content occurs
+    bad, splits = [], defaultdict(set)  # the splits in which a content occurs
     for r in progress(records, "reading images"):
-        content = hashlib.sha256(Path(r["path"]).read_bytes()).digest()
-        splits_of.setdefault(content, []).append(r["split"])
+        splits[hashlib.sha256(Path(r["path"]).read_bytes()).digest()].add(r["split"])
         try:
             decode(r["path"], 8)
         except Exception as error:
             bad.append(f"\n  {r['path']} ({first_line(error)})")
-    print(f"unreadable files: {len(bad)}{''.join(bad)}")
-    across = sum(len(set(splits)) > 1 for splits in splits_of.values())
-    print(f"exact copies of another image: {len(records) - len(splits_of)}, of them across train "
-          f"and test: {across}")
+    print(f"unreadable files: {len(bad)}{''.join(bad)}\n"
+          f"exact copies of another image: {len(records) - len(splits)}, of them across train and "
+          f"test: {sum(len(where) > 1 for where in splits.values())}")
 
 
 def show_phantoms(path, n=6, size=224):
     """A picture of phantoms: a row of normal ones, a row with opacities, and those outlined."""
     images, labels, masks = phantoms(2 * n, size, PHANTOMS["test"][1])
-    rows = torch.cat([images[labels == k].repeat(1, 3, 1, 1) for k in (0, 1)])
-    outlined = outline(rows[n:], masks[labels == 1])
-    write_picture(path, make_grid(torch.cat([rows, outlined]), nrow=n, padding=3))
-    print(f"{n} phantoms without an opacity, {n} with, and where it is: {path}")
-
-
-def outline(images, masks):
-    """images (N, 3, H, W) with an orange line around each mask (N, H, W)."""
-    inside = masks[:, None].float()
+    normal, opaque = (images[labels == k].repeat(1, 3, 1, 1) for k in (0, 1))
+    inside = masks[labels == 1, None].float()
     rim = F.max_pool2d(inside, 3, 1, 1) > inside  # pixels that touch a mask from outside
-    return images.where(~rim, torch.tensor([255, 90, 0], dtype=torch.uint8).view(1, 3, 1, 1))
+    orange = torch.tensor([255, 90, 0], dtype=torch.uint8).view(3, 1, 1)
+    rows = torch.cat([normal, opaque, opaque.where(~rim, orange)])
+    write_picture(path, make_grid(rows, nrow=n, padding=3))
+    print(f"{path}: normal phantoms, phantoms with opacities, and where these are")
 
 
 def download(folder, url, sha256):
@@ -718,13 +681,11 @@ def download(folder, url, sha256):
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty. Choose a new folder to unpack into")
     archive, unpacked = (folder.with_name(folder.name + end) for end in (".zip", ".unpacking"))
-    archive.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with explain(f"{url} could not be fetched and unpacked; run the command again"):
         torch.hub.download_url_to_file(url, str(archive), hash_prefix=sha256)
         with zipfile.ZipFile(archive) as file:
             file.extractall(unpacked)  # which strips absolute paths and .. from names
-    if folder.exists():
-        folder.rmdir()
     os.replace(unpacked, folder)
     archive.unlink()
     print(f"unpacked to {folder}; now  python data.py {folder}")
@@ -739,8 +700,6 @@ def get_args(argv=None):
     g.add_argument("--phantoms", metavar="FILE.png", help="draw some of the built-in images")
     g = p.add_argument_group("where do I get the public images")
     g.add_argument("--download", metavar="DIR", help="fetch them into this new folder")
-    g.add_argument("--url", default=URL, help="from where")
-    g.add_argument("--sha256", default=SHA256, help="what the archive must hash to")
     args = p.parse_args(argv)
     if sum(map(bool, (args.source, args.download, args.phantoms))) != 1:
         p.error("give one of: a folder to audit, --download and a folder, --phantoms and a picture")
@@ -750,7 +709,7 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     if args.download:
-        download(args.download, args.url, args.sha256)
+        download(args.download, URL, SHA256)
     elif args.phantoms:
         show_phantoms(args.phantoms)
     else:

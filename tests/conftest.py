@@ -25,6 +25,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     """Runs and caches are written where the command is typed: a fresh folder for each test."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    data.tell.cache_clear()  # each test is told again
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ MEAN = torch.tensor([0.485, 0.456, 0.406])  # ImageNet's, which pre-trained netw
 STD = torch.tensor([0.229, 0.224, 0.225])
 
 IMAGE_FILE = re.compile(r"[^.].*\.(jpe?g|png)", re.IGNORECASE)  # not ._person1_virus_6.jpeg
-# What names a patient, in the paths of the public set and of MURA. Bacteria and virus are numbered
+# The name of a patient in the paths of the public set and of MURA. Bacteria and virus are numbered
 # separately: person7_virus is another child than person7_bacteria, NORMAL2-IM-0007 than IM-0007.
 PATIENT = re.compile(r"person\d+_(?:bacteria|virus)|(?:NORMAL2-)?IM-\d+"
                      r"|(?:NORMAL|BACTERIA|VIRUS)-\d+|patient\d+")
@@ -66,8 +66,7 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
     labels: (N,) class indices, -1 unknown; or, where an image may have several findings
     (data.multilabel), (N, K) floats 0, 1 or NaN, unknown. groups: the patients. Also data.classes,
     .multilabel and .source. Row i is image i in all of them. Only evaluate.py asks for "test".
-    unlabelled: whether training images that --labels-per-class leaves without a label stay.
-    """
+    unlabelled: whether training images that --labels-per-class leaves without a label stay."""
     records, names = list_images(str(source), classes, uncertain)
     multilabel = any(isinstance(r["label"], list) for r in records)
     if len(names) < 2 or classes not in (None, len(names)):
@@ -170,15 +169,13 @@ def record(id, label, folder, path=None, group=None, negative=False):
     the data set has it; split: where it is used. negative: bright where other images are dark."""
     return {"id": id, "label": label, "kind": label if isinstance(label, int) else 0, "path": path,
             "folder": folder, "split": folder, "group": group or id, "negative": negative,
-            "chance": lot(f"wrong {id}")}  # that --wrong-labels spoils its label
+            "chance": lot(f"wrong {id}")}  # --wrong-labels above this spoils the label
 
 
 def list_class_folders(root, classes):
-    """Kermany's set as Kaggle or Mendeley ship it, MURA v1.1, or any folders like theirs.
-
-    All images below a class's folder are its images. Test images lie in `test`, or else in `valid`
-    (MURA's). Kaggle's `val` holds 16 images, too few to choose by: they go back to train.
-    """
+    """Kermany's set as Kaggle or Mendeley ship it, MURA v1.1, or folders like theirs: all images
+    below a class's folder are its images. Test images lie in `test`, or else in `valid` (MURA's).
+    Kaggle's `val` holds 16 images, too few to choose by: they go back to train."""
     root = root.absolute()
     test = "test" if (root / "test").is_dir() else "valid"
     folders = [d for split in ("train", "val", test) for d in (root / split).glob("[!._]*/")]
@@ -278,11 +275,10 @@ def lot(name):
 def carve_validation(records, fraction):
     """Move whole patients from train to val, until every class has given up its fraction of images.
     With a child on both sides, validation would reward recognising the child."""
-    patients, counts = defaultdict(list), Counter()
-    for r in records:
-        if r["split"] == "train":
-            patients[r["group"]].append(r)
-            counts[r["kind"]] += 1
+    train, patients = [r for r in records if r["split"] == "train"], defaultdict(list)
+    for r in train:
+        patients[r["group"]].append(r)
+    counts = Counter(r["kind"] for r in train)
     wanted = {kind: max(1, round(fraction * n)) for kind, n in counts.items()}
     for group in sorted(patients, key=lot):
         if any(wanted[r["kind"]] > 0 for r in patients[group]):
@@ -307,11 +303,11 @@ def keep_per_class(records, counts, names):
 def hide_labels(records, n, n_classes, unlabelled):
     """Leave n training images of each class their label, chosen by name as keep_per_class does; of
     images with several findings n times as many as there are findings."""
-    left = Counter()
-    for r in sorted(records, key=lambda r: lot(r["id"])):
+    seen, train = Counter(), [r for r in records if r["split"] == "train"]
+    for r in sorted(train, key=lambda r: lot(r["id"])):
         several = isinstance(r["label"], list)
-        left[r["split"], r["kind"]] += 1
-        if r["split"] == "train" and left["train", r["kind"]] > n * (n_classes if several else 1):
+        seen[r["kind"]] += 1
+        if seen[r["kind"]] > n * (n_classes if several else 1):
             r["label"] = [math.nan] * n_classes if several else -1
             r["split"] = "train" if unlabelled else "unused"
 
@@ -374,10 +370,8 @@ def table(path, n, blocks):
 
 def prepare(images, device, theta=None):
     """uint8 images (B, 1, H, W) -> what networks read: (B, 3, H, W) floats, normalised, on device.
-
     theta: (B, 2, 3) affine matrices in relative coordinates: the same ones serve two image sizes.
-    Rows of other tables, logits and features, are only moved to the device.
-    """
+    Rows of other tables, logits and features, are only moved to the device."""
     if images.dtype != torch.uint8:
         return images.to(device).float()
     x = images.to(device, non_blocking=True).float()  # (B, 1, H, W), 0 to 255
@@ -408,8 +402,7 @@ PHANTOMS = {"train": (640, 11), "val": (160, 12), "test": (600, 15)}  # images, 
 
 def phantoms(n, size, seed):
     """n drawn chest X-rays: images (n, 1, size, size) uint8, labels (n,), masks (n, size, size).
-    Half of them show pneumonia: one to three hazy opacities in the lungs, where the mask is True.
-    """
+    Half show pneumonia: one to three hazy opacities in the lungs, where the mask is True."""
     labels = torch.arange(n) % 2
     images, masks, _ = draw(n, size, seed, labels[:, None].float())
     return images, labels, masks

@@ -66,7 +66,8 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
     labels: (N,) class indices, -1 unknown; or, where an image may have several findings
     (data.multilabel), (N, K) floats 0, 1 or NaN, unknown. groups: the patients. Also data.classes,
     .multilabel and .source. Row i is image i in all of them. Only evaluate.py asks for "test".
-    unlabelled: whether training images that --labels-per-class leaves without a label stay."""
+    unlabelled: whether training images that --labels-per-class leaves without a label stay.
+    """
     records, names = list_images(str(source), classes, uncertain)
     multilabel = any(isinstance(r["label"], list) for r in records)
     if len(names) < 2 or classes not in (None, len(names)):
@@ -160,8 +161,11 @@ def list_images(source, classes=None, uncertain="ignore"):
     for folder in (root, root / "chest_xray"):  # archives hold one folder more, or a copy inside
         if (folder / "train").is_dir():
             return list_class_folders(folder, classes)
-    raise UserError(f"No folder train in {source}. Expected train/CLASS/*.jpeg, test/CLASS/*.jpeg, "
-                    f"or a CSV set; python data.py --download {source} fetches the public images")
+    found = ", ".join(sorted(folder.name for folder in root.glob("*/"))[:9])
+    why = f"No folder train in {source}, but {found or 'none'}" if root.exists() \
+        else f"No such folder: {source}"
+    raise UserError(f"{why}. Expected train/CLASS/*.jpeg, test/CLASS/*.jpeg, or a CSV set; python "
+                    f"data.py --download {source} fetches the public images")
 
 
 def record(id, label, folder, path=None, group=None, negative=False):
@@ -222,8 +226,11 @@ def read_csv(path):
 
 def files_below(root):
     """The paths of all images below a folder."""
-    return [os.path.join(d, name) for d, _, files in os.walk(root, followlinks=True)
-            for name in files if IMAGE_FILE.fullmatch(name)]
+    paths = [os.path.join(d, name) for d, _, files in os.walk(root, followlinks=True)
+             for name in files if IMAGE_FILE.fullmatch(name)]
+    if odd := [path for path in paths if path.encode(errors="replace").decode() != path]:
+        raise UserError(f"{odd[0]!r} is not a file name in UTF-8. Rename it")
+    return paths
 
 
 def list_chestxray14(path, _):
@@ -274,7 +281,8 @@ def lot(name):
 
 def carve_validation(records, fraction):
     """Move whole patients from train to val, until every class has given up its fraction of images.
-    With a child on both sides, validation would reward recognising the child."""
+    With a child on both sides, validation would reward recognising the child.
+    """
     train, patients = [r for r in records if r["split"] == "train"], defaultdict(list)
     for r in train:
         patients[r["group"]].append(r)
@@ -353,7 +361,8 @@ def decode_blocks(records, size):
 def table(path, n, blocks):
     """A tensor of n rows that is computed once, kept in `path` and mapped from there ever after.
     blocks: a generator of arrays, n rows in all, not started where the file exists. A table may be
-    larger than the memory."""
+    larger than the memory.
+    """
     if not path.exists():
         with atomic(path) as temporary, open(temporary, "wb") as file:
             for i, block in enumerate(blocks):
@@ -371,7 +380,8 @@ def table(path, n, blocks):
 def prepare(images, device, theta=None):
     """uint8 images (B, 1, H, W) -> what networks read: (B, 3, H, W) floats, normalised, on device.
     theta: (B, 2, 3) affine matrices in relative coordinates: the same ones serve two image sizes.
-    Rows of other tables, logits and features, are only moved to the device."""
+    Rows of other tables, logits and features, are only moved to the device.
+    """
     if images.dtype != torch.uint8:
         return images.to(device).float()
     x = images.to(device, non_blocking=True).float()  # (B, 1, H, W), 0 to 255
@@ -402,7 +412,8 @@ PHANTOMS = {"train": (640, 11), "val": (160, 12), "test": (600, 15)}  # images, 
 
 def phantoms(n, size, seed):
     """n drawn chest X-rays: images (n, 1, size, size) uint8, labels (n,), masks (n, size, size).
-    Half show pneumonia: one to three hazy opacities in the lungs, where the mask is True."""
+    Half show pneumonia: one to three hazy opacities in the lungs, where the mask is True.
+    """
     labels = torch.arange(n) % 2
     images, masks, _ = draw(n, size, seed, labels[:, None].float())
     return images, labels, masks
@@ -660,12 +671,16 @@ def show_phantoms(path, n=6, size=224):
     """A picture of phantoms: a row of normal ones, a row with opacities, and those outlined."""
     images, labels, masks = phantoms(2 * n, size, PHANTOMS["test"][1])
     normal, opaque = (images[labels == k].repeat(1, 3, 1, 1) for k in (0, 1))
-    inside = masks[labels == 1, None].float()
-    rim = F.max_pool2d(inside, 3, 1, 1) > inside  # pixels that touch a mask from outside
-    orange = torch.tensor([255, 90, 0], dtype=torch.uint8).view(3, 1, 1)
-    rows = torch.cat([normal, opaque, opaque.where(~rim, orange)])
+    rows = torch.cat([normal, opaque, outline(opaque, masks[labels == 1])])
     write_picture(path, make_grid(rows, nrow=n, padding=3))
     print(f"{path}: normal phantoms, phantoms with opacities, and where these are")
+
+
+def outline(images, masks):
+    """images (N, 3, H, W) with an orange line around each mask (N, H, W)."""
+    inside = masks[:, None].float()
+    rim = F.max_pool2d(inside, 3, 1, 1) > inside  # pixels that touch a mask from outside
+    return images.where(~rim, torch.tensor([255, 90, 0], dtype=torch.uint8).view(3, 1, 1))
 
 
 def download(folder, url, sha256):

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import math
 import os
+import shutil
 import struct
 import threading
 import time
@@ -485,6 +486,13 @@ def test_a_wrong_folder_names_the_layout_expected(source, says):
         data.load(source, 32)
 
 
+def test_a_set_without_a_folder_train_is_told_what_is_there(kermany):
+    (kermany / "train").rename(kermany / "Train")
+    shutil.rmtree(kermany / "chest_xray")
+    with pytest.raises(data.UserError, match="No folder train in .*, but Train, __MACOSX, test, val. Expected train/CL"):
+        data.list_images(kermany)
+
+
 def test_a_class_without_images_is_named(kermany):
     for path in (kermany / "test/NORMAL").iterdir():
         path.unlink()
@@ -684,10 +692,12 @@ def test_a_linked_folder_is_read_like_any_other(kermany):
     assert sorted(found) == sorted([*whole, ("train/PNEUMONIA/more/person900_virus_1.jpeg", 1, "train")])
 
 
-def test_a_file_name_that_is_not_utf_8_is_a_name_like_others(kermany):
-    with open(os.fsencode(kermany / "test/NORMAL") + b"/child-\xe9.jpeg", "wb") as file:
+def test_a_file_name_that_is_not_utf_8_is_one_line(kermany):
+    with open(os.fsencode(kermany / "train/NORMAL") + b"/IM-0042-\xe9.jpeg", "wb") as file:
         file.write((kermany / "train/NORMAL/IM-0001-0001.jpeg").read_bytes())
-    assert "test/NORMAL/child-\udce9.jpeg" in data.load(kermany, 16, ("test",)).test.ids
+    with pytest.raises(data.UserError, match=r"IM-0042-\\udce9.jpeg' is not a file name in UTF-8") as error:
+        data.load(kermany, 16)
+    assert "\n" not in str(error.value) and str(error.value).isprintable()
 
 
 def test_a_file_name_in_another_script_is_a_name_like_others(kermany):

@@ -26,12 +26,11 @@ from data import MEAN, STD, UserError, atomic, explain
 
 FORMAT = 3  # of a checkpoint: raise it when its facts change, so that old ones are refused
 
-# Auxiliary heads (a second and third classifier half-way up, for training only) need maps of a
-# certain size; for smaller images they are left out. InceptionV3's 5x5 window does not fit below
-# 299 pixels; GoogLeNet's heads pool to 4x4 at 1/16, so below 64 they would invent pixels.
+# Auxiliary heads (more classifiers half-way up, for training only) are left out for small images:
+# InceptionV3's 5x5 window does not fit below 299 pixels; GoogLeNet's pool to 4x4 at 1/16.
 AUX_MIN_SIZE = {"inception_v3": 299, "googlenet": 64}
 AUX_WEIGHT = {"inception_v3": 0.4, "googlenet": 0.3}  # in the loss, from the networks' own papers
-AUX_NAMES = ("AuxLogits.", "aux1.", "aux2.")
+AUX_NAMES = ("AuxLogits", "aux1", "aux2")  # with which the names of their layers begin
 
 SE_RESNETS = {"seresnet50": [3, 4, 6, 3], "seresnet101": [3, 4, 23, 3]}  # blocks a stage
 
@@ -83,24 +82,19 @@ def bare_network(arch, aux):
 
 
 def heads(model):
-    """Names of the layers with 1000 outputs: the auxiliary heads, and last the classifier.
-
-    This one rule finds the head of every classifier in torchvision, whatever it is called there:
-    fc, classifier.6, heads.head, or SqueezeNet's 1x1 convolution.
-    """
-    outputs = {nn.Linear: "out_features", nn.Conv2d: "out_channels"}
+    """Names of the layers with 1000 outputs: the auxiliary heads, and last the classifier, which
+    torchvision calls fc, classifier.6 or heads.head; SqueezeNet's is a 1x1 convolution."""
     return [name for name, layer in model.named_modules()
-            if type(layer) in outputs and getattr(layer, outputs[type(layer)]) == 1000]
+            if isinstance(layer, (nn.Linear, nn.Conv2d)) and len(layer.weight) == 1000]
 
 
 def replace_heads(model, num_classes):
-    names = heads(model)
-    model.head_name = names[-1]  # remembered, because it no longer has 1000 outputs afterwards
-    for name in names:
+    for name in heads(model):
         old = model.get_submodule(name)
-        model.set_submodule(name, nn.Linear(old.in_features, num_classes)
-                            if isinstance(old, nn.Linear)
-                            else nn.Conv2d(old.in_channels, num_classes, old.kernel_size))
+        new = (nn.Linear(old.in_features, num_classes) if isinstance(old, nn.Linear)
+               else nn.Conv2d(old.in_channels, num_classes, old.kernel_size))
+        model.set_submodule(name, new)
+        model.head_name = name  # in the end the classifier's, which no longer has 1000 outputs
 
 
 def build(arch, num_classes, size=None, weights="none"):
@@ -110,18 +104,18 @@ def build(arch, num_classes, size=None, weights="none"):
     state_dict of the same network. size: the images' side in pixels, refused if it is impossible.
     """
     aux = arch in AUX_MIN_SIZE and (size is None or size >= AUX_MIN_SIZE[arch])
-    model, groups = bare_network(arch, aux), []
+    model, seen_groups = bare_network(arch, aux), []
     model.transform_input = False
     if weights != "none":
         path = weights_file(arch, weights)
         content = read_weights(path)
-        with explain(f"{path} does not hold the weights of {arch}"):
-            ours = content.get("facts", {})
-            load_body(model, content.get("model", content), arch, path)
+        with explain(f"{path} does not hold the weights of {arch}; give a file of this --arch"):
+            load_body(model, content["model"], arch)
+            facts = content.get("facts", {})
             # ImageNet's Inception and GoogLeNet learned on (x - 0.5) / 0.5, not on ImageNet's mean
             # and deviation: with this flag, which no state_dict holds, they convert their input.
-            model.transform_input = ours.get("transform_input", arch in AUX_MIN_SIZE)
-            groups = ours.get("seen_groups", [])
+            model.transform_input = facts.get("transform_input", arch in AUX_MIN_SIZE)
+            seen_groups = list(facts.get("seen_groups", []))
     replace_heads(model, num_classes)
     if size is not None:
         why = f"{arch} cannot take images of {size} x {size} pixels; choose another --size"
@@ -129,7 +123,7 @@ def build(arch, num_classes, size=None, weights="none"):
             model.eval()(torch.zeros(1, 3, size, size))
     model.facts = {"arch": arch, "num_classes": num_classes, "size": size, "aux": aux,
                    "input": "image", "transform_input": model.transform_input,
-                   "seen_groups": groups}  # the patients that its weights have learned from
+                   "seen_groups": seen_groups}  # the patients that its weights have learned from
     return model.train()
 
 
@@ -142,10 +136,7 @@ def weights_file(arch, weights):
     Their hash is checked every time: torchvision does so only while downloading.
     """
     if weights != "imagenet":
-        if not run_file(weights).exists():
-            raise UserError(f"No such file: {run_file(weights)}. Train that run first, or name "
-                            f"another")
-        return run_file(weights)
+        return existing_file(weights)
     with explain(f"torchvision has no ImageNet weights of {arch}; use --weights none or a file"):
         kinds = torchvision.models.get_model_weights(arch.removeprefix("se"))  # SE: a ResNet's
         url = getattr(kinds, "IMAGENET1K_V1", kinds.DEFAULT).url
@@ -161,41 +152,43 @@ def weights_file(arch, weights):
     return path
 
 
-def read_weights(path):
-    """What a file holds, and its hash, both from one reading of its bytes.
+def run_file(path):
+    """A run's folder stands for its best.pt."""
+    return Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
 
-    With weights_only it can hold tensors and plain values only, and cannot run code.
-    """
+
+def existing_file(path):
+    path = run_file(path)
     if not path.exists():
         raise UserError(f"No such file: {path}. Train that run first, or name another")
+    return path
+
+
+def read_weights(path):
+    """A checkpoint of ours as it was saved, or {"model": a plain state_dict}; and the "sha256" of
+    the bytes that were read. With weights_only a file cannot run code: it holds plain values."""
     with explain(f"{path} is not a readable file of weights"):
         raw = path.read_bytes()
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        named = content.get("model", content)
-        assert all(isinstance(name, str) for name in named), "its tensors have no names"
-    content["sha256"] = hashlib.sha256(raw).hexdigest()
-    return content
+        content = content if "model" in content else {"model": content}
+        assert all(isinstance(name, str) for name in content["model"]), "its tensors have no names"
+        return {**content, "sha256": hashlib.sha256(raw).hexdigest()}
 
 
-def load_body(model, state, arch, path):
+def load_body(model, state, arch):
     """Load everything but the heads, which are about to be replaced."""
     skip = tuple(f"{name}." for name in heads(model))
     if "densenet" in arch:  # torchvision's files still say norm.1 where its code says norm1
         pattern = r"(denselayer\d+\.(?:norm|conv))\.(\d)"
         state = {re.sub(pattern, r"\1\2", name): value for name, value in state.items()}
-    for name in [name for name in state if name.startswith(skip) or name == "sha256"]:
+    for name in [name for name in state if name.startswith(skip)]:
         del state[name]  # in place: torchvision reads a version that is noted in this very dict
-    try:
-        wrong = sum(model.load_state_dict(state, strict=False), [])  # names missing here or there
-    except RuntimeError as error:
-        wrong = str(error).splitlines()[1:]  # shapes that differ
-    wrong = [name for name in wrong if not (
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    wrong = [name for name in missing + unexpected if not (
         name.startswith((*skip, *AUX_NAMES))  # auxiliary heads, which small images do without
         or name.endswith("num_batches_tracked")  # a counter that old files do not have
         or (arch in SE_RESNETS and ".se." in name))]  # what a ResNet does not have
-    if wrong:
-        raise UserError(f"{path} does not hold the weights of {arch}: {len(wrong)} names or shapes "
-                        f"differ, such as {wrong[0].strip()}. Give a file of this --arch")
+    assert not wrong, f"{len(wrong)} names differ, such as {wrong[0]}"
 
 
 # ---- forward, and what of a network learns -------------------------------------------------------
@@ -218,29 +211,26 @@ def as_read(model, images):
 def residuals(images):
     """Noise residuals (SRM, Fridrich & Kodovsky 2012; arXiv 2406.08837): (B, 3, H, W) in [-1, 1].
 
-    Predicted minus pixel, divided by c, rounded and cut at 2. One neighbour predicts the pixel
-    (c = 1), or the two on either side (order 2, c = 3), both the least over directions, or all of
-    them (order 4, c = 6).
+    Predicted minus pixel, divided by c, rounded and cut at 2. The pixel is predicted by one
+    neighbour (c = 1) or two opposite ones (c = 3), the least of all directions, or by all (c = 6).
     """
     x = 255 * (images[:, :1] * STD[0] + MEAN[0])  # grey levels again
-    height, width = x.shape[-2:]
-    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
-    near = {(i, j): padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)}
-    right, left, up, down = (near[place] for place in ((1, 2), (1, 0), (0, 1), (2, 1)))
-    corners = near[0, 0] + near[0, 2] + near[2, 0] + near[2, 2]
+    wide = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    up, down = wide[..., :-2, 1:-1], wide[..., 2:, 1:-1]
+    left, right = wide[..., 1:-1, :-2], wide[..., 1:-1, 2:]
+    corners = wide[..., :-2, :-2] + wide[..., :-2, 2:] + wide[..., 2:, :-2] + wide[..., 2:, 2:]
     first = torch.stack([right, left, up, down]).amin(0) - x
     second = torch.minimum(right + left, up + down) - 2 * x
     square = 2 * (right + left + up + down) - corners - 4 * x
-    return torch.cat([(r / c).round().clamp(-2, 2) / 2
-                      for r, c in ((first, 1), (second, 3), (square, 6))], dim=1)
+    return torch.cat([first, second / 3, square / 6], dim=1).round().clamp(-2, 2) / 2
 
 
 def freeze(model, finetune):
-    """The learner, which is the part that learns: "all" of the network, the "fc" block that holds
-    the head (three layers in AlexNet and VGG, the head itself in most), or the new "head" alone.
+    """The learner, the part that learns: "all", the "fc" block around the head (three layers in
+    AlexNet and VGG, the head itself in most), or the new "head" alone.
 
-    The rest is frozen and put in eval mode: even without gradients BatchNorm would move its
-    averages, and dropout would drop.
+    The rest is put in eval mode: even without gradients BatchNorm would move its averages, and
+    dropout would drop.
     """
     if finetune == "all":
         return model
@@ -266,7 +256,7 @@ def features(model, learner, images):
 
 
 def frozen_hash(model):
-    """What a table of features was made with: a hash of all that is frozen, averages included."""
+    """A hash of all that made a table of features: frozen weights, averages, form of the input."""
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     digest = hashlib.sha256(str([model.facts["transform_input"], model.facts["input"]]).encode())
     for name, value in model.state_dict().items():
@@ -288,25 +278,19 @@ def cost(model, size):
         # With a gradient, and attention as plain products: not every torch counts its fused form.
         model(torch.zeros(1, 3, size, size, device=device, requires_grad=True))
     model.train(was_training)
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    auxiliary = sum(n for name, n in sizes.items() if name.startswith(AUX_NAMES))
-    layers = [f"{name}." for name, layer in model.named_modules()
-              if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    auxiliary = sum(p.numel() for name, p in model.named_parameters() if name.startswith(AUX_NAMES))
+    layers = [name for name, layer in model.named_modules()
+              if isinstance(layer, (nn.Conv2d, nn.Linear)) and not name.startswith(AUX_NAMES)]
     return {
-        "parameters": sum(sizes.values()) - auxiliary,
+        "parameters": sum(p.numel() for p in model.parameters()) - auxiliary,
         "auxiliary_parameters": auxiliary,
         "multiply_adds": counter.get_total_flops() // 2,
-        "depth": sum(not name.startswith(AUX_NAMES) for name in layers),
+        "depth": len(layers),
         "megabytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6,
     }
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
-
-
-def run_file(path):
-    """A run's folder stands for its best.pt."""
-    return Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
 
 
 def save_checkpoint(path, model, weights=True, **facts):
@@ -322,11 +306,12 @@ def save_checkpoint(path, model, weights=True, **facts):
 RUN_FACTS = {"args": dict, "classes": list, "multilabel": bool, "images": list, "processes": int,
              "seen_groups": list, "provenance": dict, "teachers": list, "taught_by": list,
              "epoch": int, "train_accuracy": float, "validation": dict}
+NETWORK_FACTS = {"classes", "multilabel", "seen_groups", "epoch"}  # may be there without the others
 
 
 def load_checkpoint(path):
     """model, facts: the network rebuilt from its own facts, in eval mode and without gradients."""
-    path = run_file(path)
+    path = existing_file(path)
     content = read_weights(path)
     with explain(f"{path} is not a checkpoint of this project"):
         if content["format"] != FORMAT:
@@ -334,7 +319,7 @@ def load_checkpoint(path):
                             f"Train it again, or use the code that wrote it")
         facts = {**content["facts"], "sha256": content["sha256"]}
         assert facts["size"] is None or 0 < facts["size"] < 10_000, "size"
-        if len(facts.keys() & RUN_FACTS) > 4:  # a run's checkpoint, not a network's alone
+        if facts.keys() & (RUN_FACTS.keys() - NETWORK_FACTS):  # a run's: all must be there
             for name, kind in RUN_FACTS.items():
                 assert isinstance(facts[name], kind), name
         model = bare_network(facts["arch"], facts["aux"])

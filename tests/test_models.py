@@ -340,9 +340,17 @@ def test_a_pickle_bomb_in_a_checkpoint_is_refused_and_does_not_run(tmp_path):
 def test_saving_keeps_plain_values_only_so_that_loading_runs_no_code(tmp_path):
     args = {"lr": 0.1, "teacher": ["a"], "clip": None}
     model = models.build("squeezenet1_1", 2, 64)
-    models.save_checkpoint(tmp_path / "a.pt", model, args=args, history=[{"a": 1.0}])
+    models.save_checkpoint(tmp_path / "a.pt", model, flags=args, history=[{"a": 1.0}])
     _, facts = models.load_checkpoint(tmp_path / "a.pt")
-    assert facts["args"] == {"lr": 0.1, "teacher": ["a"], "clip": None} and facts["history"] == [{"a": 1.0}]
+    assert facts["flags"] == {"lr": 0.1, "teacher": ["a"], "clip": None} and facts["history"] == [{"a": 1.0}]
+
+
+@pytest.mark.parametrize("facts", [{"args": {}}, {"validation": {}, "epoch": 1}, {"teachers": [], "classes": ["a", "b"]}])
+def test_a_checkpoint_with_few_of_a_runs_facts_is_refused_in_one_line(tmp_path, facts):
+    models.save_checkpoint(tmp_path / "a.pt", models.build("squeezenet1_1", 2, 32), **facts)
+    with pytest.raises(UserError, match="a.pt is not a checkpoint of this project") as error:
+        models.load_checkpoint(tmp_path / "a.pt")
+    assert "\n" not in str(error.value)
 
 
 # ---- residuals

@@ -22,11 +22,8 @@ import torch.nn.functional as F
 
 def check_logits(student_logits, teacher_logits, T):
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
-        raise ValueError(
-            f"distillation needs two logits tensors of one shape (images, classes), got student "
-            f"{tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)}: ask both "
-            f"networks about the same images and classes"
-        )
+        shapes = f"student {tuple(student_logits.shape)}, teacher {tuple(teacher_logits.shape)}"
+        raise ValueError(f"need logits (images, classes) of the same images and classes: {shapes}")
     if not T > 0:
         raise ValueError(f"the temperature T must be above 0, got {T}")
 
@@ -54,8 +51,7 @@ def kd_loss(student_logits, teacher_logits, T):
     """
     check_logits(student_logits, teacher_logits, T)
     if student_logits.shape[1] < 2:
-        raise ValueError("kd_loss needs at least 2 classes, got 1: softmax of one logit is always "
-                         "1; use binary_kd_loss")
+        raise ValueError("softmax of one logit is always 1: use binary_kd_loss, or 2 classes")
     log_q = F.log_softmax(at_least_float32(student_logits) / T, dim=1)  # (B, C)
     log_p = F.log_softmax(at_least_float32(teacher_logits.detach()) / T, dim=1)  # (B, C)
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=1)  # (B,)
@@ -68,11 +64,11 @@ def binary_kd_loss(student_logits, teacher_logits, T, mask=None):
         p = sigmoid(teacher_logits / T)        q = sigmoid(student_logits / T)
         loss = T^2 * mean of  p (log p - log q) + (1 - p) (log (1 - p) - log (1 - q))
 
-    student_logits, teacher_logits: (B, K); mask: (B, K), True where the finding counts (default:
-    everywhere). The mean runs over the findings that count. Returns a scalar.
+    student_logits, teacher_logits, mask: (B, K). The mean runs over the findings that count: where
+    the mask is True, or all. Returns a scalar.
 
-    The trap: kd_loss accepts such logits without complaint, but softmax cannot see a shift that all
-    findings share: a student that gives every finding twice the odds would look perfect.
+    The trap: kd_loss accepts such logits, but softmax cannot see a shift that all findings share: a
+    student that gives every finding twice the odds would look perfect.
     """
     check_logits(student_logits, teacher_logits, T)
     z_student = at_least_float32(student_logits) / T
@@ -89,8 +85,8 @@ def label_loss(logits, labels, label_smoothing=0.0, n_known=None):
 
     labels: (B,) integers, one class an image, -1 unknown; or (B, K) floats 0, 1 or NaN, unknown.
     label_smoothing moves that share of the label to the uniform distribution.
-    n_known: what to divide by instead of the number of known labels here. Several processes pass
-    their mean count; otherwise their averaged gradients would weight labels unequally.
+    n_known: what to divide by instead. Several processes pass their mean number of known labels;
+    otherwise their averaged gradients would weight labels unequally.
     """
     logits, known = at_least_float32(logits), labels >= 0  # NaN >= 0 is False
     if labels.dim() == 1:
@@ -107,12 +103,11 @@ def label_loss(logits, labels, label_smoothing=0.0, n_known=None):
 def distillation_loss(student_logits, teacher_logits, labels, T, alpha, n_known=None):
     """(1 - alpha) * hard + alpha * soft; returns total, hard, soft, so that both can be watched.
 
-    Softmax where an image has one label, labels (B,); sigmoid where it may have several, labels
-    (B, K). The teacher is heard on every image: its answer needs no label.
+    Softmax where labels are (B,), sigmoid where they are (B, K). The teacher is heard on every
+    image: its answer needs no label.
     """
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha mixes labels (0) and teacher (1), so it must lie in [0, 1], "
-                         f"got {alpha}")
+        raise ValueError(f"alpha must lie between 0 (labels) and 1 (teacher), got {alpha}")
     hard = label_loss(student_logits, labels, n_known=n_known)
     soft = (kd_loss if labels.dim() == 1 else binary_kd_loss)(student_logits, teacher_logits, T)
     return (1 - alpha) * hard + alpha * soft, hard, soft

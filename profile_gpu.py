@@ -4,8 +4,7 @@
     python profile_gpu.py inception_v3 alexnet                             two: also distillation
 
 What is timed is train_one_epoch, fed as train.py feeds it. Times are medians after a warm-up; what
-is compared is measured in turns within one run. What this machine cannot measure is shown as n/a.
-A table is {row: {column: figure}} from the measurement to the JSON.
+this machine cannot measure is n/a. A table is {row: {column: figure}}, also in the JSON.
 """
 
 import argparse
@@ -64,8 +63,7 @@ def interleaved(calls, device, rounds):
 
 
 def gpu_usage(call, device):
-    """Peak memory in GB, allocated and reserved, and the seconds that the GPU spent in kernels, by
-    torch's profiler; None without a GPU."""
+    """Peak GB allocated and reserved, and the GPU's seconds in kernels; None without a GPU."""
     if device.type != "cuda":
         return None, None, None
     gc.collect()  # networks measured before may still hang in circles of references
@@ -117,7 +115,7 @@ def training(arch, size, args, device):
     """Table V: speed, memory and GPU use of an epoch in which all layers learn."""
     *_, epoch = make_epoch(arch, size, args, device)
     n = args.batch_size * args.steps
-    wall = median(interleaved({"epoch": epoch}, device, args.rounds)["epoch"])
+    wall = median(interleaved({"": epoch}, device, args.rounds)[""])
     allocated, reserved, busy = gpu_usage(epoch, device)
     epochs = train.RECIPES["pneumonia"]["student"]["epochs"]
     return {"GB allocated": allocated, "GB reserved": reserved,
@@ -127,8 +125,8 @@ def training(arch, size, args, device):
 
 
 def inference(model, size, args, device):
-    """Latency of one image and throughput of many, from bytes to logits; without a GPU with one
-    thread and with all of them."""
+    """Latency of one image and throughput of many, from bytes to logits; on a CPU with one thread
+    and with all."""
     model.to(device, memory_format=torch.channels_last).eval()
     many = random_images(args.many, size, device)
 
@@ -150,8 +148,8 @@ def inference(model, size, args, device):
 
 def distillation(teacher_arch, student_arch, sizes, args, device):
     """A step of training, four ways, and their ratios to the bare loop."""
-    model, optimizer, images, labels, epoch = make_epoch(student_arch, sizes[student_arch], args,
-                                                         device)
+    student_size, size = sizes[student_arch], sizes[teacher_arch]
+    model, optimizer, images, labels, epoch = make_epoch(student_arch, student_size, args, device)
     ready = [(prepare(images[rows], device), labels[rows])
              for rows in torch.arange(len(images)).split(args.batch_size)]
 
@@ -164,16 +162,12 @@ def distillation(teacher_arch, student_arch, sizes, args, device):
             F.cross_entropy(logits.float(), y).backward()
             optimizer.step()
 
-    side = sizes[teacher_arch]
-    teacher = build(teacher_arch, 2, side).to(device, memory_format=torch.channels_last).eval()
-    live = (random_images(len(images), side, device), lambda x: train.answer(teacher, x))
+    teacher = build(teacher_arch, 2, size).to(device, memory_format=torch.channels_last).eval()
+    live = (random_images(len(images), size, device), lambda x: train.answer(teacher, x))
     table = (torch.randn(len(images), 2, device=device), None)
-    times = interleaved({
-        "a bare loop": bare,
-        "b baseline": epoch,
-        "c teacher's table": lambda: epoch([table]),
-        "d teacher asked live": lambda: epoch([live]),
-    }, device, args.rounds)
+    ways = {"a bare loop": bare, "b baseline": epoch, "c teacher's table": lambda: epoch([table]),
+            "d teacher asked live": lambda: epoch([live])}
+    times = interleaved(ways, device, args.rounds)
     a, c = times["a bare loop"], times["c teacher's table"]
     return {name: {"seconds": median(spent) / args.steps,
                    "ratio to a": median(s / base for s, base in zip(spent, a, strict=True)),
@@ -201,37 +195,33 @@ def show(title, rows):
         text = "n/a" if value is None else f"{value:,.0f}" if rounded else f"{value:#.4g}"
         return text + (f" ({paper})" if paper else "")
 
-    lines = [[row, *(cell(row, *item) for item in columns.items())]
-             for row, columns in rows.items()]
-    print("\n".join(aligned([title, *next(iter(rows.values()))], lines)))
+    columns = list(next(iter(rows.values())))
+    lines = [[row, *(cell(row, k, figures[k]) for k in columns)] for row, figures in rows.items()]
+    print("\n".join(aligned([title, *columns], lines)))
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(usage="python profile_gpu.py ARCH [ARCH ...] [FLAGS]",
                                 description=__doc__, formatter_class=Help, allow_abbrev=False)
-    g = p.add_argument_group("what is measured")
-    g.add_argument("networks", nargs="+", metavar="ARCH", type=known_arch,
+    count, gpu = number(int, 1), torch.cuda.is_available()
+    p.add_argument("networks", nargs="+", metavar="ARCH", type=known_arch,
                    help="networks of torchvision; if two: teacher, then student")
-    count = number(int, 1)
-    g.add_argument("--size", type=count, help="side of the images; without, 224 or 299")
-    g = p.add_argument_group("how much of it")
-    g.add_argument("--batch-size", type=number(int, 2), default=32, help="images a training step")
-    g.add_argument("--many", type=count, default=64, help="images at once in inference")
-    g.add_argument("--steps", type=count, default=20 if torch.cuda.is_available() else 2,
-                   help="training steps timed together")
-    g.add_argument("--rounds", type=count, default=5, help="times each is measured")
-    g = p.add_argument_group("where, and what is kept")
-    g.add_argument("--device", type=usable_device, help="cpu, cuda or cuda:N",
-                   default="cuda" if torch.cuda.is_available() else "cpu")
-    g.add_argument("--json", metavar="FILE", help="write every figure there")
+    p.add_argument("--size", type=count, help="side of the images; without, 224 or 299")
+    p.add_argument("--batch-size", type=number(int, 2), default=32, help="images a training step")
+    p.add_argument("--many", type=count, default=64, help="images at once in inference")
+    p.add_argument("--steps", type=count, default=20 if gpu else 2, help="steps timed together")
+    p.add_argument("--rounds", type=count, default=5, help="times each is measured")
+    p.add_argument("--device", type=usable_device, default="cuda" if gpu else "cpu",
+                   help="cpu, cuda or cuda:N")
+    p.add_argument("--json", metavar="FILE", help="write every figure there")
     return p.parse_args(argv)
 
 
 def main(argv=None):
     args = get_args(argv)
-    device, networks, trained, asked = torch.device(args.device), {}, {}, {}
-    tables = {"network (the paper)": networks, "training, all layers (the paper)": trained,
-              "inference": asked}
+    device = torch.device(args.device)
+    tables = {"network (the paper)": {}, "training, all layers (the paper)": {}, "inference": {}}
+    networks, trained, asked = tables.values()
     sizes = {arch: args.size or NATIVE.get(arch, 224) for arch in args.networks}
     for arch, size in sizes.items():
         trained[arch] = training(arch, size, args, device)

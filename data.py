@@ -342,7 +342,7 @@ def decode_blocks(records, size):
         try:
             return decode(r["path"], size, r["negative"]).numpy()
         except Exception as error:  # a damaged file can raise nearly anything
-            bad.append(f"{r['path']} ({first_line(error)})")
+            bad.append(f"{r['path']} ({one_line(error)})")
             return np.zeros((1, size, size), np.uint8)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes without holding Python's lock
@@ -525,8 +525,8 @@ def run(main):
         sys.exit("stopped; the same command goes on from the last saved epoch")
 
 
-def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
+def one_line(error):
+    return " ".join(str(error).split())[:150] or type(error).__name__
 
 
 @contextmanager
@@ -537,7 +537,7 @@ def explain(sentence):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{sentence} ({type(error).__name__}: {first_line(error)[:100]})") from None
+        raise UserError(f"{sentence} ({type(error).__name__}: {one_line(error)})") from None
 
 
 @contextmanager
@@ -551,6 +551,11 @@ def atomic(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def mean(value):
+    """Of several findings, leaving out those that could not be judged; of one figure itself."""
+    return float(torch.as_tensor(value, dtype=torch.float64).nanmean())
 
 
 def aligned(header, rows):
@@ -661,7 +666,7 @@ def audit(source, classes=None):
         try:
             decode(r["path"], 8)
         except Exception as error:
-            bad.append(f"\n  {r['path']} ({first_line(error)})")
+            bad.append(f"\n  {r['path']} ({one_line(error)})")
     print(f"unreadable files: {len(bad)}{''.join(bad)}\n"
           f"exact copies of another image: {len(records) - len(splits)}, of them across train and "
           f"test: {sum(len(where) > 1 for where in splits.values())}")

@@ -25,15 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw
-from torch.nn.modules.module import register_module_forward_hook
 from torchvision.utils import make_grid
 
-from data import (Help, UserError, aligned, atomic, decode, explain, load_as, origin, outline,
+from data import (Help, UserError, aligned, atomic, decode, explain, load_as, mean, origin, outline,
                   prepare, read_csv, run, usable_device, write_csv, write_picture)
 from kd import mean_teacher
-from models import as_read, cost, forward, load_checkpoint, run_file
+from models import (as_read, cost, forward, grad_cam, last_maps, load_checkpoint, refuse_foreign,
+                    run_file, stopped_at, unfinished)
 
 COLUMNS = ["auc", "accuracy", "specificity", "sensitivity", "ece"]
 MORE = ["precision", "f1", "loss"]  # with --report
@@ -195,71 +194,7 @@ def interval(samples):
     return torch.nanquantile(samples.double(), ends, dim=0)
 
 
-# ---- Grad-CAM: where a network looked ------------------------------------------------------------
-
-
-def last_maps(model, images):
-    """The last layer whose output still has a place for every part of the image, pooling aside;
-    and how many places a side.
-
-    In a ViT what follows the last attention reaches only the class token, so the layer before that
-    is taken; a Swin folds its tokens back into maps by itself.
-    """
-    if isinstance(model, torchvision.models.VisionTransformer):
-        return model.encoder.layers[-1].ln_1, model.image_size // model.patch_size
-    order = []
-
-    def note(layer, _, out):
-        # A Sequential is as good as its last layer.
-        aside = re.search("Pool|Drop|Identity|Sequential", type(layer).__name__) or layer is model
-        if not aside and isinstance(out, torch.Tensor) and out.dim() == 4 and out[0, 0].numel() > 1:
-            order.append((layer, out.shape[-2]))
-
-    with torch.no_grad(), register_module_forward_hook(note):
-        model(images[:1])
-    if not order:
-        raise UserError("Grad-CAM needs maps, and no layer of this network has any: name a layer")
-    return order[-1]
-
-
-def grad_cam(model, images, target, layer=None):
-    """Grad-CAM (Selvaraju et al. 2017): heat (N, H, W) in [0, 1] over what speaks for the target.
-
-        heat = ReLU(sum_k a_k A_k),  a_k: mean gradient of the target's logit over the map A_k
-
-    images (N, 3, H, W) as the model reads them; target: a class, or one for each image (N,). Where
-    nothing speaks for the target, the heat is 0 everywhere.
-    """
-    caught = []
-
-    def keep(module, inputs, out):
-        caught.append(out)
-        return out.clone()  # a ReLU that follows in place changes the copy, not what was kept
-
-    was_training = model.training
-    model.eval()
-    hooked = layer or last_maps(model, images)[0]
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), hooked.register_forward_hook(keep):
-            # Frozen weights have no gradient, so it starts at the image.
-            images = images.detach().clone().requires_grad_(True)
-            if isinstance(model, torchvision.models.DenseNet) and layer is None:
-                maps = F.relu(model.features(as_read(model, images)))  # this ReLU is not a layer
-                logits = model.classifier(maps.mean((2, 3)))
-            else:
-                logits, _ = forward(model, images)
-                maps = caught[0]
-            target = torch.as_tensor(target, device=logits.device).expand(len(logits))
-            score = logits.gather(1, target[:, None]).sum()
-            maps, gradient = maps.detach(), torch.autograd.grad(score, maps)[0]
-    finally:
-        model.train(was_training)
-    if maps.dim() == 3:  # a ViT's tokens: one for the class, then the patches row by row
-        side = math.isqrt(maps.shape[1] - 1)
-        maps, gradient = (t[:, 1:].mT.unflatten(2, (side, side)) for t in (maps, gradient))
-    heat = (gradient.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).clamp(min=0)
-    heat = F.interpolate(heat, images.shape[-2:], mode="bilinear")[:, 0]  # (N, H, W)
-    return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
+# ---- Grad-CAM as pictures ------------------------------------------------------------------------
 
 
 def probabilities(logits, multilabel):
@@ -348,36 +283,22 @@ def read_image(path, folders, cam, device):
     for folder in folders:
         model, facts = load_checkpoint(folder)
         model.to(device, memory_format=torch.channels_last)
+        with explain(f"{folder} is not a checkpoint of this project"):
+            classes, multilabel = facts["classes"], facts["multilabel"]
         with explain(f"{path} is not a readable JPEG or PNG"):
             image = decode(path, facts["size"])[None]
-        says = probabilities(predict(model, image, device), facts["multilabel"])
+        says = probabilities(predict(model, image, device), multilabel)
         name = run_file(folder).parent.name
-        pairs = zip(facts["classes"], says[0], strict=True)
+        pairs = zip(classes, says[0], strict=True)
         print(f"{name}: " + ", ".join(f"{k} {100 * p:.1f} %" for k, p in pairs))
         call = says.argmax(1)  # each run's own call, and the heat that speaks for it
-        text = f"{facts['classes'][call]} {100 * says[0, call].item():.0f} %"
+        text = f"{classes[call]} {100 * says[0, call].item():.0f} %"
         runs.append((name, model, image, call, [text], torch.tensor([False])))
     if cam:
         draw_cams(cam, [Path(path).name], runs, device)
 
 
 # ---- runs ----------------------------------------------------------------------------------------
-
-
-def refuse_foreign(path, facts, data):
-    """A network must know the classes, and must not have learned from the patients it judges."""
-    refuse_leak(path, facts["seen_groups"], data)
-    if facts["classes"] != data.classes:
-        raise UserError(f"{path} was trained on the classes {facts['classes']}, {data.source} has "
-                        f"{data.classes}. Give the images it was trained for with --data")
-
-
-def refuse_leak(path, groups, data):
-    """groups: the patients that a network, its teachers and its first weights have learned from."""
-    if seen := set(groups) & {*data.val.groups, *data.test_groups}:
-        raise UserError(f"{path} has learned from {len(seen)} of the patients that it or its "
-                        f"student is to be judged by in {data.source}, such as {min(seen)}. Give "
-                        f"other images, or the --data and --val-fraction of its training")
 
 
 def judge(folder, device, source, cache, loaded):
@@ -463,21 +384,6 @@ def comparable(student, baseline):
         and next(same) == next(same)
 
 
-def stopped_at(facts):
-    """", stopped at 0.5" for a defective teacher, "" for one that was not stopped."""
-    stop_at = facts["args"]["stop_at"]
-    early = stop_at is not None and mean(facts["validation"]["accuracy"]) > stop_at
-    return f", stopped at {stop_at:g}" if early else ""
-
-
-def unfinished(folder, facts):
-    """", epoch 2 of 6" for a run that has not ended, "" for one that has."""
-    path = run_file(folder).parent / "history.csv"
-    done = len(path.read_text().splitlines()) - 1 if path.exists() else math.inf
-    ended = done >= facts["args"]["epochs"] or stopped_at(facts)
-    return "" if ended else f", epoch {done} of {facts['args']['epochs']}"
-
-
 def row_name(records):
     return re.sub(r"-seed\d+", "", records[0]["name"]) if len(records) > 1 else records[0]["name"]
 
@@ -487,11 +393,6 @@ def row_title(records):
     seeds = f", {len(records)} seeds" if len(records) > 1 else ""
     more = "".join(unfinished(r["folder"], r["facts"]) for r in records)
     return f"{row_name(records)}\n  {records[0]['args']['arch']}{seeds}{more}"
-
-
-def mean(value):
-    """Of several findings, leaving out those that could not be judged; of one figure itself."""
-    return float(torch.as_tensor(value, dtype=torch.float64).nanmean())
 
 
 def spread(figures):

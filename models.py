@@ -10,6 +10,7 @@ import argparse
 import difflib
 import hashlib
 import io
+import math
 import re
 from pathlib import Path
 
@@ -18,11 +19,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import SqueezeExcitation
 
-from data import MEAN, STD, UserError, atomic, explain
+from data import MEAN, STD, UserError, atomic, explain, mean
 
 FORMAT = 3  # of a checkpoint: raise it when its facts change, so that old ones are refused
 
@@ -104,14 +106,14 @@ def build(arch, num_classes, size=None, weights="none"):
     state_dict of the same network. size: the images' side in pixels, refused if it is impossible.
     """
     aux = arch in AUX_MIN_SIZE and (size is None or size >= AUX_MIN_SIZE[arch])
-    model, seen_groups = bare_network(arch, aux), []
+    model, seen_groups, sha256 = bare_network(arch, aux), [], None
     model.transform_input = False
     if weights != "none":
         path = weights_file(arch, weights)
         content = read_weights(path)
         with explain(f"{path} does not hold the weights of {arch}; give a file of this --arch"):
             load_body(model, content["model"], arch)
-            facts = content.get("facts", {})
+            facts, sha256 = content.get("facts", {}), content["sha256"]
             # ImageNet's Inception and GoogLeNet learned on (x - 0.5) / 0.5, not on ImageNet's mean
             # and deviation: with this flag, which no state_dict holds, they convert their input.
             model.transform_input = facts.get("transform_input", arch in AUX_MIN_SIZE)
@@ -123,6 +125,7 @@ def build(arch, num_classes, size=None, weights="none"):
             model.eval()(torch.zeros(1, 3, size, size))
     model.facts = {"arch": arch, "num_classes": num_classes, "size": size, "aux": aux,
                    "input": "image", "transform_input": model.transform_input,
+                   "weights": sha256,  # of the file
                    "seen_groups": seen_groups}  # the patients that its weights have learned from
     return model.train()
 
@@ -290,6 +293,73 @@ def cost(model, size):
     }
 
 
+# ---- Grad-CAM: where a network looked ------------------------------------------------------------
+
+
+def last_maps(model, images):
+    """The last layer whose output still has a place for every part of the image, pooling aside;
+    and how many places a side.
+
+    In a ViT what follows the last attention reaches only the class token, so the layer before that
+    is taken; a Swin folds its tokens back into maps by itself.
+    """
+    if isinstance(model, torchvision.models.VisionTransformer):
+        return model.encoder.layers[-1].ln_1, model.image_size // model.patch_size
+    order = []
+
+    def note(layer, _, out):
+        # A Sequential is as good as its last layer.
+        aside = re.search("Pool|Drop|Identity|Sequential", type(layer).__name__) or layer is model
+        if not aside and isinstance(out, torch.Tensor) and out.dim() == 4 and out[0, 0].numel() > 1:
+            order.append((layer, out.shape[-2]))
+
+    with torch.no_grad(), register_module_forward_hook(note):
+        model(images[:1])
+    if not order:
+        raise UserError("Grad-CAM needs maps, and no layer of this network has any: name a layer")
+    return order[-1]
+
+
+def grad_cam(model, images, target, layer=None):
+    """Grad-CAM (Selvaraju et al. 2017): heat (N, H, W) in [0, 1] over what speaks for the target.
+
+        heat = ReLU(sum_k a_k A_k),  a_k: mean gradient of the target's logit over the map A_k
+
+    images (N, 3, H, W) as the model reads them; target: a class, or one for each image (N,). Where
+    nothing speaks for the target, the heat is 0 everywhere.
+    """
+    caught = []
+
+    def keep(module, inputs, out):
+        caught.append(out)
+        return out.clone()  # a ReLU that follows in place changes the copy, not what was kept
+
+    was_training = model.training
+    model.eval()
+    hooked = layer or last_maps(model, images)[0]
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), hooked.register_forward_hook(keep):
+            # Frozen weights have no gradient, so it starts at the image.
+            images = images.detach().clone().requires_grad_(True)
+            if isinstance(model, torchvision.models.DenseNet) and layer is None:
+                maps = F.relu(model.features(as_read(model, images)))  # this ReLU is not a layer
+                logits = model.classifier(maps.mean((2, 3)))
+            else:
+                logits, _ = forward(model, images)
+                maps = caught[0]
+            target = torch.as_tensor(target, device=logits.device).expand(len(logits))
+            score = logits.gather(1, target[:, None]).sum()
+            maps, gradient = maps.detach(), torch.autograd.grad(score, maps)[0]
+    finally:
+        model.train(was_training)
+    if maps.dim() == 3:  # a ViT's tokens: one for the class, then the patches row by row
+        side = math.isqrt(maps.shape[1] - 1)
+        maps, gradient = (t[:, 1:].mT.unflatten(2, (side, side)) for t in (maps, gradient))
+    heat = (gradient.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).clamp(min=0)
+    heat = F.interpolate(heat, images.shape[-2:], mode="bilinear")[:, 0]  # (N, H, W)
+    return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -328,3 +398,37 @@ def load_checkpoint(path):
         model.load_state_dict(content["model"])
         model.facts = facts
     return model.eval().requires_grad_(False), facts
+
+
+# ---- what a checkpoint's facts tell --------------------------------------------------------------
+
+
+def refuse_foreign(path, facts, data):
+    """A network must know the classes, and must not have learned from the patients it judges."""
+    refuse_leak(path, facts["seen_groups"], data)
+    if facts["classes"] != data.classes:
+        raise UserError(f"{path} was trained on the classes {facts['classes']}, {data.source} has "
+                        f"{data.classes}. Give the images it was trained for with --data")
+
+
+def refuse_leak(path, groups, data):
+    """groups: the patients that a network, its teachers and its first weights have learned from."""
+    if seen := set(groups) & {*data.val.groups, *data.test_groups}:
+        raise UserError(f"{path} has learned from {len(seen)} of the patients that it or its "
+                        f"student is to be judged by in {data.source}, such as {min(seen)}. Give "
+                        f"other images, or the --data and --val-fraction of its training")
+
+
+def stopped_at(facts):
+    """", stopped at 0.5" for a defective teacher, "" for one that was not stopped."""
+    stop_at = facts["args"]["stop_at"]
+    early = stop_at is not None and mean(facts["validation"]["accuracy"]) > stop_at
+    return f", stopped at {stop_at:g}" if early else ""
+
+
+def unfinished(folder, facts):
+    """", epoch 2 of 6" for a run that has not ended, "" for one that has."""
+    path = run_file(folder).parent / "history.csv"
+    done = len(path.read_text().splitlines()) - 1 if path.exists() else math.inf
+    ended = done >= facts["args"]["epochs"] or stopped_at(facts)
+    return "" if ended else f", epoch {done} of {facts['args']['epochs']}"

@@ -25,12 +25,11 @@ import torch
 import torch.distributed as dist
 
 import models
-from data import (Help, UserError, explain, fingerprint, load_as, number, origin, prepare, progress,
-                  random_affines, run, show_progress, table, usable_device, write_csv)
-from evaluate import (MACHINE, mean, metrics, predict, refuse_foreign, refuse_leak, stopped_at,
-                      unfinished)
+from data import (Help, UserError, explain, fingerprint, load_as, mean, number, origin, prepare,
+                  progress, random_affines, run, show_progress, table, usable_device, write_csv)
+from evaluate import MACHINE, metrics, predict
 from kd import binary_kd_loss, distillation_loss, kd_loss, label_loss, mean_teacher
-from models import forward
+from models import forward, refuse_foreign, refuse_leak, stopped_at, unfinished
 
 SAVE_SECONDS = 20  # weights are saved no more often: AlexNet has 0.7 GB, and epochs of a second
 
@@ -420,7 +419,8 @@ def resume(args, facts, model, optimizer):
     with explain(f"{path} is not a checkpoint of this project"):
         saved = models.read_weights(path)
         known, flags = saved["facts"], saved["facts"]["args"]
-        changed = [f"other {k}" for k in ("images", "teachers") if known[k] != facts[k]]
+        now = {**model.facts, **facts}
+        changed = [f"other {k}" for k in ("images", "teachers", "weights") if known[k] != now[k]]
         if known["processes"] != facts["processes"]:
             changed.append(f"{known['processes']} processes (now {facts['processes']})")
         changed += [f"--{flag.replace('_', '-')} {flags.get(flag)} (now {value})"

@@ -541,6 +541,17 @@ def test_a_run_does_not_go_on_with_another_teacher_than_it_was_begun_with(few_ph
         fit("--teacher", "teacher", "--out", "student", role="student")
 
 
+def test_a_run_does_not_go_on_from_other_first_weights_than_it_was_begun_with(few_phantoms):
+    flags = ("--weights", "first/best.pt", "--finetune", "head", "--out", "second")
+    fit("--out", "first")
+    fit(*flags)
+    for file in Path("first").iterdir():
+        file.unlink()
+    fit("--out", "first", "--seed", "1")
+    with pytest.raises(data.UserError, match="second was begun with other weights"):
+        fit(*flags)
+
+
 def test_best_is_never_of_an_epoch_that_a_resumed_run_has_yet_to_repeat(few_phantoms, monkeypatch):
     def stopped(args, row):
         raise KeyboardInterrupt

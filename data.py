@@ -407,7 +407,7 @@ def random_affines(n, generator):
 
 PHANTOM_SOURCES = {"phantoms": ["NORMAL", "PNEUMONIA"],
                    "findings": ["OPACITY", "LARGE_HEART", "FLUID"]}  # several findings an image
-PHANTOMS = {"train": (640, 11), "val": (160, 12), "test": (600, 15)}  # images, seed
+PHANTOMS = {"train": (640, 11), "val": (160, 12), "test": (600, 16)}  # images, seed
 
 
 def phantoms(n, size, seed):

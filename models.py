@@ -125,7 +125,7 @@ def build(arch, num_classes, size=None, weights="none"):
             model.eval()(torch.zeros(1, 3, size, size))
     model.facts = {"arch": arch, "num_classes": num_classes, "size": size, "aux": aux,
                    "input": "image", "transform_input": model.transform_input,
-                   "weights": sha256,  # of the file
+                   "first_weights": sha256,  # of the file they were read from
                    "seen_groups": seen_groups}  # the patients that its weights have learned from
     return model.train()
 

@@ -40,11 +40,13 @@ def recipe(both, teacher, student):
 
 
 RECIPES = {  # RECIPES[name][role]: flag -> value
-    # Phantoms, a fifth of whose training labels are wrong, as labels read off reports are.
+    # Phantoms, a fifth of whose training labels are wrong, as labels read off reports are. The
+    # student's network has 20 labels, and all 640 images if a teacher speaks for the others.
     "demo": recipe(
         dict(data="phantoms", wrong_labels=0.2, clip=1.0, batch_size=16, lr_gamma=0.2),
         teacher=dict(arch="inception_v3", size=112, epochs=8, lr=0.02, lr_step=5),
-        student=dict(arch="alexnet", size=80, per_class=10, epochs=60, lr=0.03, lr_step=40)),
+        student=dict(arch="alexnet", size=80, labels_per_class=10, epochs=20, steps_per_epoch=10,
+                     lr=0.03, lr_step=14)),
     # arXiv 2406.08837, the paper. It does not state batch size, epochs, momentum or alpha: ours.
     "pneumonia": recipe(
         dict(weights="imagenet", finetune="fc", epochs=20, lr_step=7, lr_gamma=0.9),
@@ -420,7 +422,8 @@ def resume(args, facts, model, optimizer):
         saved = models.read_weights(path)
         known, flags = saved["facts"], saved["facts"]["args"]
         now = {**model.facts, **facts}
-        changed = [f"other {k}" for k in ("images", "teachers", "weights") if known[k] != now[k]]
+        changed = [f"other {k}" for k in ("images", "teachers", "first_weights")
+                   if known[k] != now[k]]
         if known["processes"] != facts["processes"]:
             changed.append(f"{known['processes']} processes (now {facts['processes']})")
         changed += [f"--{flag.replace('_', '-')} {flags.get(flag)} (now {value})"
@@ -460,11 +463,10 @@ def describe_run(args, model, learner, data, history):
     sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, learner)]
     n, known = len(data.train.labels), (data.train.labels >= 0).view(len(data.train.labels), -1)
     some = f", {known.any(1).sum()} labelled," if args.labels_per_class is not None else ""
+    positive = "" if len(data.classes) > 2 or data.multilabel else f"; positive: {data.classes[1]}"
     print(f"{args.role}: {args.arch} at {args.size} px, {sizes[0]:.1f} M parameters, "
-          f"{sizes[1]:.1f} M learning; {n} training{some} and {len(data.val.labels)} validation "
-          f"images of {args.data}; to {args.out}")
-    if len(data.classes) == 2 and not data.multilabel:
-        print(f"classes: {data.classes[0]}, and {data.classes[1]}, the positive one", flush=True)
+          f"{sizes[1]:.1f} M learning; to {args.out}\n{n} training images{some} and "
+          f"{len(data.val.labels)} validation images of {args.data}{positive}", flush=True)
     if history:
         done = history[-1]["epoch"]
         print(f"{args.out} is finished, {done} epochs: evaluate it, or choose another --out"
@@ -485,11 +487,11 @@ def describe_end(args, history):
     spent = sum(row["seconds"] for row in history)
     print(f"best accuracy: train {100 * best['train_accuracy']:.1f}, validation "
           f"{100 * best['val_accuracy']:.1f}; lowest loss: train {low['loss']:.3f}, validation "
-          f"{low['val_loss']:.3f}; {spent:.0f} s of training; {args.out}/best.pt")
+          f"{low['val_loss']:.3f}\n{spent:.0f} s of training; {args.out}/best.pt")
     then = f"evaluate.py {args.out}"
     if args.role == "teacher":
-        then = (f"train.py --role student --teacher {args.out} --recipe {args.recipe} "
-                f"--data {args.data}")
+        then = f"train.py --role student --recipe {args.recipe} --teacher {args.out}"
+        then += "" if args.data in ("phantoms", "findings") else f" --data {args.data}"
     print(f"next: python {then}")
 
 

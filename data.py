@@ -68,7 +68,7 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
     .multilabel and .source. Row i is image i in all of them. Only evaluate.py asks for "test".
     unlabelled: whether training images that --labels-per-class leaves without a label stay.
     """
-    records, names = list_images(str(source), classes, uncertain)
+    records, names = list_images(str(source), classes)
     multilabel = any(isinstance(r["label"], list) for r in records)
     if len(names) < 2 or classes not in (None, len(names)):
         raise UserError(f"{source} has the classes {names}. Expected {classes or 'at least 2'}")
@@ -86,10 +86,14 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
     for r in records:
         if r["split"] == "train" and r["chance"] < wrong_labels:
             r["label"] = (r["label"] + 1) % len(names)
+        if multilabel:  # validation and test leave out what CheXpert marks as uncertain, always
+            unsure = UNSURE[uncertain if r["split"] == "train" else "ignore"]
+            r["label"] = [unsure if value == -1 else value for value in r["label"]]
     if labels_per_class is not None:
         hide_labels(records, labels_per_class, len(names), unlabelled)
     data = SimpleNamespace(classes=names, multilabel=multilabel, source=str(source))
-    data.test_groups = {r["group"] for r in records if r["split"] == "test"}
+    test = [r for r in records if r["split"] == "test"]
+    data.test_groups = {r["group"] for r in test} | {r["id"] for r in test}  # patients and images
     check_splits(data, records, splits)
     for split in splits:
         setattr(data, split, load_split(data, records, split, size, cache))
@@ -109,7 +113,7 @@ def check_splits(data, records, splits):
     shared = data.test_groups & {r["group"] for r in records if r["folder"] != "test"}
     if shared and "test" not in splits:
         tell(f"{len(shared)} patients of {data.source} are in both train and test, such as "
-             f"{min(shared)}: evaluate.py will refuse this run")
+             f"{min(shared)}: evaluate.py refuses runs that have learned from them")
 
 
 def load_as(args, size, splits, cache, source=None):
@@ -142,7 +146,7 @@ def load_split(data, records, split, size, cache):
     return images
 
 
-def list_images(source, classes=None, uncertain="ignore"):
+def list_images(source, classes=None):
     """A record for every image, and the names of the classes; nothing is decoded yet."""
     root = Path(source)
     if source in PHANTOM_SOURCES:
@@ -153,8 +157,10 @@ def list_images(source, classes=None, uncertain="ignore"):
         if csvs := sorted(root.glob(pattern)):
             newest = csvs[-1]  # ChestX-ray14 was corrected in Data_Entry_2017_v2020.csv
             with explain(f"{newest} is not the CSV that its authors published; fetch it again"):
-                records = list(list_set(newest, uncertain))
+                records = list(list_set(newest))
             found = [r for r in records if r["path"] and os.path.exists(r["path"])]
+            if not found:
+                raise UserError(f"No image of {newest} is below {root}. Unpack them there")
             if len(found) < len(records):
                 tell(f"{len(records) - len(found)} images of the CSV are not in {root}: left out")
             return found, findings
@@ -219,35 +225,53 @@ PADCHEST = ["atelectasis", "cardiomegaly", "pleural effusion", "infiltrates", "m
             "pulmonary fibrosis", "pleural thickening", "hiatal hernia"]
 
 
+UNSURE = {"ignore": math.nan, "zero": 0.0, "one": 1.0}  # what --uncertain makes of CheXpert's -1
+
+
 def read_csv(path):
     with open(path, newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
 
 
 def files_below(root):
-    """The paths of all images below a folder."""
-    paths = [os.path.join(d, name) for d, _, files in os.walk(root, followlinks=True)
-             for name in files if IMAGE_FILE.fullmatch(name)]
+    """The paths of all images below a folder, links followed, though not in circles."""
+    def fail(error):  # os.walk would leave out a folder that it cannot read
+        raise error
+
+    paths, visited = [], set()
+    for folder, below, files in os.walk(root, followlinks=True, onerror=fail):
+        visited.add(os.path.realpath(folder))
+        below[:] = [d for d in below if os.path.realpath(os.path.join(folder, d)) not in visited]
+        paths += [os.path.join(folder, name) for name in files if IMAGE_FILE.fullmatch(name)]
     if odd := [path for path in paths if path.encode(errors="replace").decode() != path]:
         raise UserError(f"{odd[0]!r} is not a file name in UTF-8. Rename it")
     return paths
 
 
-def list_chestxray14(path, _):
+def files_by_name(root):
+    paths = files_below(root)
+    by_name = {os.path.basename(path): path for path in paths}
+    if len(by_name) < len(paths):
+        raise UserError(f"Two images below {root} have the same name, which the CSV cannot tell "
+                        f"apart: keep one folder of images there")
+    return by_name
+
+
+def list_chestxray14(path):
     """ChestX-ray14: findings separated by |; test_list.txt names the test images."""
-    paths = {os.path.basename(p): p for p in files_below(path.parent)}
+    paths = files_by_name(path.parent)
     test = set((path.parent / "test_list.txt").read_text().split())
     for row in read_csv(path):
         id, found = row["Image Index"], row["Finding Labels"].split("|")
+        assert row["Patient ID"] and {*found} <= {*CHESTXRAY14, "No Finding"}, row
         yield record(id, [float(name in found) for name in CHESTXRAY14],
                      "test" if id in test else "train", paths.get(id), row["Patient ID"])
 
 
-def list_chexpert(path, uncertain):
+def list_chexpert(path):
     """CheXpert: a column a finding, 1.0, 0.0, -1.0 (uncertain) or empty (not mentioned: 0). Side
     views are left out. Its published validation set, valid.csv, is our test set."""
-    unsure = {"ignore": math.nan, "zero": 0.0, "one": 1.0}[uncertain]
-    values = {"": 0.0, "0.0": 0.0, "1.0": 1.0, "-1.0": unsure}
+    values = {"": 0.0, "0.0": 0.0, "1.0": 1.0, "-1.0": -1.0}
     for name, split in (("train.csv", "train"), ("valid.csv", "test")):
         for row in read_csv(path.with_name(name)):
             if row["Frontal/Lateral"] == "Frontal":
@@ -256,13 +280,15 @@ def list_chexpert(path, uncertain):
                              os.path.join(path.parent, id.split("/", 1)[1]), PATIENT.search(id)[0])
 
 
-def list_padchest(path, _):
+def list_padchest(path):
     """PadChest: a Python list in a cell; 16-bit files, some of them negatives. Side views and
     images without a report, or to "exclude" by it, are left out. There is no test split of its own:
     a tenth of the patients, chosen by name, is held back."""
-    paths = {os.path.basename(p): p for p in files_below(path.parent)}
+    paths = files_by_name(path.parent)
     for row in read_csv(path):
-        found = [word.strip() for word in ast.literal_eval(row["Labels"] or "[]") if word]
+        words = ast.literal_eval(row["Labels"] or "[]")
+        assert isinstance(words, list), row
+        found = [word.strip() for word in words if word]
         frontal = row["Projection"] in ("PA", "AP", "AP_horizontal")
         if frontal and found and "exclude" not in found:
             id, patient = row["ImageID"], row["PatientID"]
@@ -521,8 +547,10 @@ def run(main):
         main()
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except (MemoryError, torch.OutOfMemoryError):
+        sys.exit("error: out of memory. Lower --batch-size or --size")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last saved epoch")
+        sys.exit("stopped; train.py goes on from the last saved epoch")
 
 
 def one_line(error):
@@ -545,7 +573,7 @@ def atomic(path):
     """A name to write to; the file takes its place at `path` only once it is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -660,16 +688,17 @@ def audit(source, classes=None):
     print(f"\npatients in both train and test: {len(shared)}")
     if source in PHANTOM_SOURCES:
         return
-    bad, splits = [], defaultdict(set)  # the splits in which a content occurs
+    bad, splits = [], defaultdict(list)  # the splits in which a content occurs
     for r in progress(records, "reading images"):
-        splits[hashlib.sha256(Path(r["path"]).read_bytes()).digest()].add(r["split"])
         try:
+            splits[hashlib.sha256(Path(r["path"]).read_bytes()).digest()].append(r["split"])
             decode(r["path"], 8)
         except Exception as error:
             bad.append(f"\n  {r['path']} ({one_line(error)})")
+    copies = sum(len(where) for where in splits.values()) - len(splits)
     print(f"unreadable files: {len(bad)}{''.join(bad)}\n"
-          f"exact copies of another image: {len(records) - len(splits)}, of them across train and "
-          f"test: {sum(len(where) > 1 for where in splits.values())}")
+          f"exact copies of another image: {copies}, of them across train and "
+          f"test: {sum(len(set(where)) > 1 for where in splits.values())}")
 
 
 def show_phantoms(path, n=6, size=224):

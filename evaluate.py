@@ -116,7 +116,8 @@ def measure(logits, labels, weights):
     by_class = {
         "specificity": tn / (tn + fp),
         "sensitivity": tp / (tp + fn),
-        "precision": tp / (tp + fp).clamp(min=1e-12),  # nothing called positive: 0, as is customary
+        # Nothing called positive: 0, as is customary; no positive to be found: not a number.
+        "precision": (tp / (tp + fp).clamp(min=1e-12)).where(tp + fn > 0, torch.nan),
         "f1": (2 * tp / (2 * tp + fp + fn)).where(tp + fn > 0, torch.nan),
         "auc": torch.stack([auc(scores[:, k], truth[:, k], weights)
                             for k in range(scores.shape[1])], 1),
@@ -219,6 +220,8 @@ def show_cams(path, records, device, n=6):
             patients.add(data.test.groups[i])
             turns[int(targets[i])] += 1
             candidates.append((turns[int(targets[i])], i))
+    if not candidates:
+        raise UserError("--cam found no test image that shows anything")
     order = [i for _, i in sorted(candidates, key=lambda pair: pair[0])]
     missed = [i for i in order if torch.stack(wrong).any(0)[i]][:2]
     chosen = [i for i in order if i not in missed][: n - len(missed)] + missed
@@ -312,11 +315,14 @@ def judge(folder, device, source, cache, loaded):
         loaded[key] = load_as(args, facts["size"], ("val", "test"), cache, source)
     data = loaded[key]
     refuse_foreign(folder, facts, data)
+    if source == args["data"] and facts["images"][1] != data.val.fingerprint:
+        print(f"{folder}: {source} has changed since. Validation is not what chose its epoch, and "
+              f"images that were moved from train to test are not known again")
     model.to(device, memory_format=torch.channels_last)  # and not kept: 30 runs may not fit
     val, test = (predict(model, split.images, device) for split in (data.val, data.test))
     # The same samples for every run: differences between two runs are paired.
-    samples = measure(test, data.test.labels, bootstrap_weights(data.test.groups))
     figures = metrics(test, data.test.labels, data.classes)
+    samples = measure(test, data.test.labels, bootstrap_weights(data.test.groups))
     figures["interval"] = {name: interval(v[1:]).tolist() for name, v in samples.items()}
     folder = run_file(folder).parent
     return {
@@ -332,7 +338,7 @@ def write_predictions(path, data, logits):
     labels = data.test.labels.view(len(logits), -1)
     titles = [f"label {name}" for name in data.classes] if data.multilabel else ["label"]
     columns = [data.test.ids, data.test.groups, *labels.T.tolist(),
-               *probabilities(logits, data.multilabel).T.tolist()]
+               *probabilities(logits.double(), data.multilabel).T.tolist()]  # of float32 many are 1
     write_csv(path, ["image", "patient", *titles, *data.classes], zip(*columns, strict=True))
 
 
@@ -346,15 +352,17 @@ def kept(record, device):
     """What goes into metrics.json: every figure of a run, and where it came from."""
     data, facts = record["data"], record["facts"]
     return {"test": record["figures"], "validation": record["validation"], "classes": data.classes,
-            "images": len(data.test.labels), "patients": len(set(data.test.groups)),
-            "args": record["args"], "epoch": facts["epoch"],
-            "cost": record["cost"], "trained_by": facts["provenance"], "judged_by": origin(device)}
+            "data": data.source, "images": len(data.test.labels),
+            "patients": len(set(data.test.groups)), "args": record["args"],
+            "epoch": facts["epoch"], "cost": record["cost"],
+            "trained_by": facts["provenance"], "judged_by": origin(device)}
 
 
 # ---- tables --------------------------------------------------------------------------------------
 
 # Flags that change no figure.
 MACHINE = ("out", "recipe", "device", "no_amp", "cache", "tensorboard")
+TRAINED_ON = ("images", "processes")  # facts that say more than the flags do
 
 
 def variants(records):
@@ -363,13 +371,13 @@ def variants(records):
     groups = {}
     for record in records:
         same = {k: v for k, v in record["args"].items() if k not in (*MACHINE, "seed")}
+        same |= {k: record["facts"][k] for k in TRAINED_ON}
         key = re.sub(r"-seed\d+", "", json.dumps(same, sort_keys=True))
         groups.setdefault(key, []).append(record)
     for same in groups.values():
         by_seed = {}
         for record in same:
-            seed = record["args"]["seed"], str(record["args"]["teacher"])
-            other = by_seed.setdefault(seed, record)
+            other = by_seed.setdefault(record["args"]["seed"], record)
             if other is not record:
                 raise UserError(f"{other['folder']} and {record['folder']} have the same seed and "
                                 f"flags: they would count as two seeds. Leave one out")
@@ -378,10 +386,14 @@ def variants(records):
 
 def comparable(student, baseline):
     """The same network, images, seed and training, one with a teacher and one without."""
-    free = (*MACHINE, "role", "teacher", "T", "alpha")
-    same = ({k: v for k, v in r["args"].items() if k not in free} for r in (student, baseline))
-    return (student["args"]["role"], baseline["args"]["role"]) == ("student", "baseline") \
-        and next(same) == next(same)
+    def training(run):
+        free = (*MACHINE, "role", "teacher", "T", "alpha")
+        flags = {k: v for k, v in run["args"].items() if k not in free}
+        # Validation images tell the state of the folder; training images depend on hidden labels.
+        return flags, run["facts"]["images"][1], run["facts"]["processes"]
+
+    roles = student["args"]["role"], baseline["args"]["role"]
+    return roles == ("student", "baseline") and training(student) == training(baseline)
 
 
 def row_name(records):
@@ -401,8 +413,9 @@ def spread(figures):
     figures: of each run (1 + R,), the figure and its bootstrap samples; (1 + R, K) of findings.
     """
     runs = torch.stack([f.double().view(len(f), -1) for f in figures])  # (S, 1 + R, K)
-    # A finding that some sample leaves without a positive is left out of figure and samples alike.
-    runs = runs[..., ~runs.isnan().any(0).any(0)].mean(2)  # (S, 1 + R)
+    if runs.shape[2] > 1:  # a finding that some sample leaves without a positive is left out of all
+        runs = runs[..., ~runs.isnan().any(0).any(0)]
+    runs = runs.mean(2)  # (S, 1 + R)
     deviation = runs[:, 0].std().item() if len(runs) > 1 else math.nan
     samples = over_seeds(runs)[1:]
     ends = interval(samples).tolist() if len(samples) else [math.nan, math.nan]
@@ -437,7 +450,8 @@ def gains(groups):
             pairs = [(s["samples"], b["samples"]) for s in students for b in baselines
                      if comparable(s, b)]
             if pairs:
-                rows.append((f"{row_name(students)}\n  minus {row_name(baselines)}",
+                some = f", {len(pairs)} of {len(students)}" if len(pairs) < len(students) else ""
+                rows.append((f"{row_name(students)}\n  minus {row_name(baselines)}{some}",
                              {k: [s[k] - b[k] for s, b in pairs] for k in pairs[0][0]}))
     return rows
 
@@ -469,18 +483,17 @@ def tables(records, with_grid=False, with_report=False):
 def agreement(students, records):
     """The share of images (or findings) on which students call what their teachers call, where
     those are among the runs."""
-    shares = []
+    shares, several = [], students[0]["data"].multilabel
     for student in students:
         teachers = [r for r in records if r["facts"]["sha256"] in student["facts"]["teachers"]]
         if teachers and len(teachers) == len(student["facts"]["teachers"]):
-            several = student["data"].multilabel
             taught = mean_teacher([r["test"] for r in teachers], student["args"]["T"], several)
             calls = [z > 0 if several else z.argmax(1) for z in (student["test"], taught)]
             shares.append((calls[0] == calls[1]).double().mean().item())
-    if not shares:
+    if len(shares) < len(students):
         return []
-    share = 100 * sum(shares) / len(shares)
-    return [f"{row_name(students)} agrees with its teacher on {share:.1f} % of the images"]
+    share, what = 100 * sum(shares) / len(shares), "findings" if several else "images"
+    return [f"{row_name(students)} agrees with its teacher on {share:.1f} % of the {what}"]
 
 
 def findings(groups, data):
@@ -552,7 +565,7 @@ def plot(path, groups):
 
 def dots(spreads, left, top, ticks):
     """A dot and its interval for each of the spreads, above a scale from `left` to left + 240."""
-    ends = [end for *_, low, high in spreads for end in (low, high)] + ticks
+    ends = [end for *_, low, high in spreads for end in (low, high) if end == end] + ticks or [0]
     low, high = math.floor(min(ends)), math.ceil(max(ends))
     bottom = top + 36 * len(spreads) + 10
 
@@ -574,9 +587,10 @@ def dots(spreads, left, top, ticks):
 def plot_curves(path, groups):
     """Accuracy by epoch, a panel a variant and a pair of lines a seed."""
     names = {"train_accuracy": 'stroke-dasharray="5 3"', "val_accuracy": ""}
-    curves = [[[float(row[name]) for row in read_csv(r["folder"] / "history.csv")]
-               for r in same for name in names] for same in groups]  # two a seed
-    low = math.floor(10 * min(min(curve) for panel in curves for curve in panel)) / 10
+    with explain("a history.csv is damaged, so leave out --curves"):
+        curves = [[[float(row[name]) for row in read_csv(r["folder"] / "history.csv")]
+                   for r in same for name in names] for same in groups]  # two a seed
+    low = math.floor(9.9 * min(min(curve) for panel in curves for curve in panel)) / 10
     shapes = [svg_text(10, 20, "accuracy by epoch, %: training dashed, validation solid")]
     for i, panel in enumerate(curves):
         left, top = 45 + 270 * (i % 3), 60 + 210 * (i // 3)
@@ -638,6 +652,8 @@ def get_args(argv=None):
     if args.image and any(judging):
         p.error("--image reads one image and judges nothing: of the other flags only --cam goes "
                 "with it")
+    if args.cam and args.cam == args.image:
+        p.error("--cam would overwrite the --image: name another file")
     return args
 
 
@@ -654,6 +670,9 @@ def main(argv=None):
     for folder in ready:
         with explain(f"{folder} cannot be judged"):
             records.append(judge(folder, args.device, args.data, args.cache, loaded))
+    if len({r["folder"] for r in records}) < len(records):
+        raise UserError("two of these runs lie in one folder, and would share its metrics.json: "
+                        "judge them in separate calls")
     if len({(*r["data"].classes, *r["data"].test.ids) for r in records}) > 1:
         raise UserError("these runs were trained for different test images or classes: judge them "
                         "in separate calls")

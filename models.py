@@ -99,11 +99,12 @@ def replace_heads(model, num_classes):
         model.head_name = name  # in the end the classifier's, which no longer has 1000 outputs
 
 
-def build(arch, num_classes, size=None, weights="none"):
+def build(arch, num_classes, size=None, weights="none", reads="image"):
     """A network with a new, randomly initialised head of `num_classes` outputs.
 
     weights: "none" (random), "imagenet" (torchvision's) or a file: a checkpoint of ours or a plain
     state_dict of the same network. size: the images' side in pixels, refused if it is impossible.
+    reads: the image, or its noise residuals ("residual").
     """
     aux = arch in AUX_MIN_SIZE and (size is None or size >= AUX_MIN_SIZE[arch])
     model, seen_groups, sha256 = bare_network(arch, aux), [], None
@@ -118,13 +119,15 @@ def build(arch, num_classes, size=None, weights="none"):
             # and deviation: with this flag, which no state_dict holds, they convert their input.
             model.transform_input = facts.get("transform_input", arch in AUX_MIN_SIZE)
             seen_groups = list(facts.get("seen_groups", []))
+            if facts.get("input", reads) != reads:
+                raise UserError(f"{path} reads the --input {facts['input']}: add that flag")
     replace_heads(model, num_classes)
     if size is not None:
         why = f"{arch} cannot take images of {size} x {size} pixels; choose another --size"
         with torch.no_grad(), explain(why):
             model.eval()(torch.zeros(1, 3, size, size))
     model.facts = {"arch": arch, "num_classes": num_classes, "size": size, "aux": aux,
-                   "input": "image", "transform_input": model.transform_input,
+                   "input": reads, "transform_input": model.transform_input,
                    "first_weights": sha256,  # of the file they were read from
                    "seen_groups": seen_groups}  # the patients that its weights have learned from
     return model.train()
@@ -413,10 +416,10 @@ def refuse_foreign(path, facts, data):
 
 def refuse_leak(path, groups, data):
     """groups: the patients that a network, its teachers and its first weights have learned from."""
-    if seen := set(groups) & {*data.val.groups, *data.test_groups}:
-        raise UserError(f"{path} has learned from {len(seen)} of the patients that it or its "
-                        f"student is to be judged by in {data.source}, such as {min(seen)}. Give "
-                        f"other images, or the --data and --val-fraction of its training")
+    if seen := set(groups) & {*data.val.groups, *data.val.ids, *data.test_groups}:
+        raise UserError(f"{path} has learned from {min(seen)}, by whom it or its student is to be "
+                        f"judged in {data.source}. Give other images, or the --data and "
+                        f"--val-fraction of its training")
 
 
 def stopped_at(facts):
@@ -429,6 +432,6 @@ def stopped_at(facts):
 def unfinished(folder, facts):
     """", epoch 2 of 6" for a run that has not ended, "" for one that has."""
     path = run_file(folder).parent / "history.csv"
-    done = len(path.read_text().splitlines()) - 1 if path.exists() else math.inf
+    done = path.read_bytes().count(b"\n") - 1 if path.exists() else math.inf
     ended = done >= facts["args"]["epochs"] or stopped_at(facts)
     return "" if ended else f", epoch {done} of {facts['args']['epochs']}"

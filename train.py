@@ -96,7 +96,7 @@ def train_one_epoch(model, batches, optimizer, T=1.0, alpha=0.9, label_smoothing
     marked KD are all that distillation adds to the loop.
 
     The soft loss is a mean over all images of a batch, the hard loss over those with a label: in a
-    batch without any it is 0. What is returned are means of the batches, weighted by their size.
+    batch without any it is 0. What is returned are means over all images, or all that have a label.
     """
     model.train()  # the teacher is not in here: load_checkpoint put it in eval mode
     sums, n_images, start = 0, 0, time.perf_counter()
@@ -125,15 +125,16 @@ def train_one_epoch(model, batches, optimizer, T=1.0, alpha=0.9, label_smoothing
         optimizer.step()
         # Sums stay on the device: reading a number after every step would stall a GPU.
         right = (logits.argmax(1) == y if y.dim() == 1 else (logits > 0) == (y > 0.5)) & known
-        losses = torch.stack([loss, hard, soft]).detach() * len(y)
-        sums += torch.cat([losses, torch.stack([right.sum(), known.sum()])])
+        counted = loss * len(y), soft * len(y), hard * n_known, right.sum(), known.sum()
+        sums += torch.stack(counted).detach()
         n_images += len(y)
         if n_steps and (step % 10 == 0 or x.device.type == "cpu"):
             speed = n_images / (time.perf_counter() - start)
             show_progress(text, step, n_steps, start, f"loss {loss:.2f}  {speed:.0f} images/s  ")
     show_progress(text)
-    loss, hard, soft, right, known = (mean_over_processes(sums) / n_images).tolist()
-    return {"loss": loss, "hard": hard, "soft": soft, "train_accuracy": right / max(known, 1e-9)}
+    loss, soft, hard, right, known = (mean_over_processes(sums) / n_images).tolist()
+    known = max(known, 1e-9)
+    return {"loss": loss, "hard": hard / known, "soft": soft, "train_accuracy": right / known}
 
 
 def paired_batches(inputs, labels, teachers, args, generator, device="cpu"):
@@ -231,11 +232,12 @@ def train(args):
     # 1. The images: a uint8 table, one row an image.
     data = load_as(vars(args), args.size, ["train", "val"], args.cache)
     labels = data.train.labels.to(device)
+    if len(labels) < 2 * world:
+        raise UserError("each process needs two training images at least, which BatchNorm averages")
 
     # 2. The network, and the part of it that learns. The seed decides its random weights.
     torch.manual_seed(args.seed)
-    model = models.build(args.arch, len(data.classes), args.size, args.weights)
-    model.facts["input"] = args.input
+    model = models.build(args.arch, len(data.classes), args.size, args.weights, args.input)
     refuse_leak(args.weights, model.facts["seen_groups"], data)
     model.to(device, memory_format=torch.channels_last)
     learner = models.freeze(model, args.finetune)
@@ -275,10 +277,10 @@ def train(args):
         if better and rank == 0:  # kept in memory until it is saved together with last.pt
             best = copy.deepcopy(model), dict(facts)
         if rank == 0:
-            write_history(args, history, board)
             if finished(args, history[-1]) or time.perf_counter() - saved >= SAVE_SECONDS:
                 save_run(args, model, best, facts, history, optimizer)
                 best, saved = None, time.perf_counter()
+            write_history(args, history, board)  # a whole history says that best.pt is the best
         print(describe_epoch(args, history[-1]) + ("  best" if better else ""), flush=True)
     describe_end(args, history)
 
@@ -302,8 +304,11 @@ def check_files(args):
 def run_facts(args, data, seen_groups):
     """What a checkpoint must remember beside its network: what made it, and whom it has seen."""
     return {"args": vars(args), "classes": data.classes, "multilabel": data.multilabel,
-            "images": [data.train.fingerprint, data.val.fingerprint], "processes": processes()[1],
-            "seen_groups": sorted({*data.train.groups, *seen_groups}),
+            "images": [data.train.fingerprint, data.val.fingerprint,
+                       fingerprint(data.train.labels.tolist(), data.val.labels.tolist())],
+            "processes": processes()[1],
+            # Names of images too: PATIENT may have been changed between teacher and student.
+            "seen_groups": sorted({*data.train.groups, *data.train.ids, *seen_groups}),
             "provenance": origin(args.device)}
 
 
@@ -350,7 +355,7 @@ def load_teachers(args, data, device):
             name = f"teacher-{known['arch']}-{fingerprint(known['sha256'], split.fingerprint)}.npy"
             teachers.append(ask_once(network, split.images, Path(args.cache) / name, device))
         facts["teachers"].append(known["sha256"])
-        facts["taught_by"].append(known["arch"] + stopped)
+        facts["taught_by"].append(known["arch"] + stopped + unfinished(path, known))
         facts["seen_groups"] += known["seen_groups"]
     return teachers, facts
 
@@ -421,6 +426,8 @@ def resume(args, facts, model, optimizer):
     with explain(f"{path} is not a checkpoint of this project"):
         saved = models.read_weights(path)
         known, flags = saved["facts"], saved["facts"]["args"]
+        if not models.run_file(args.out).exists():
+            raise UserError(f"{path} is there and best.pt is not: delete it to train anew")
         now = {**model.facts, **facts}
         changed = [f"other {k}" for k in ("images", "teachers", "first_weights")
                    if known[k] != now[k]]
@@ -463,6 +470,7 @@ def describe_run(args, model, learner, data, history):
     sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, learner)]
     n, known = len(data.train.labels), (data.train.labels >= 0).view(len(data.train.labels), -1)
     some = f", {known.any(1).sum()} labelled," if args.labels_per_class is not None else ""
+    some += f" ({100 * args.wrong_labels:g} % wrong)" if args.wrong_labels else ""
     positive = "" if len(data.classes) > 2 or data.multilabel else f"; positive: {data.classes[1]}"
     print(f"{args.role}: {args.arch} at {args.size} px, {sizes[0]:.1f} M parameters, "
           f"{sizes[1]:.1f} M learning; to {args.out}\n{n} training images{some} and "
@@ -528,7 +536,8 @@ def get_args(argv=None):
 
     g = p.add_argument_group("on which images")
     g.add_argument("--data", default="phantoms", help="a folder; or built in: phantoms, findings")
-    g.add_argument("--size", type=count, default=224, help="side of an image in pixels")
+    g.add_argument("--size", type=number(int, 1, 9999), default=224,
+                   help="side of an image in pixels")
     g.add_argument("--classes", type=int, choices=[2, 3], help="3: normal, bacterial, viral")
     g.add_argument("--per-class", type=number(int, 2),
                    help="a balanced subset, at most so many images of each class")
@@ -566,7 +575,7 @@ def get_args(argv=None):
                    help="a defective teacher: end after the first epoch that validates better")
 
     g = p.add_argument_group("where does it run, and what is kept")
-    g.add_argument("--seed", type=int, default=0,
+    g.add_argument("--seed", type=number(int, 0), default=0,
                    help="of weights, order, dropout and augmentation, not of splits")
     g.add_argument("--device", type=usable_device, help="cpu, cuda or cuda:N",
                    default="cuda" if torch.cuda.is_available() else "cpu")
@@ -610,8 +619,9 @@ def main(argv=None):
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # The others wait while the first decodes: 100,000 images outlast torch's 10 minutes.
-        dist.init_process_group("nccl" if "cuda" in args.device else "gloo",
-                                timeout=timedelta(hours=6))
+        with explain("WORLD_SIZE is set, and yet torchrun did not start this: unset it"):
+            dist.init_process_group("nccl" if "cuda" in args.device else "gloo",
+                                    timeout=timedelta(hours=6))
     rank, world = processes()
     if args.batch_size < 2 * world:
         raise UserError(f"--batch-size {args.batch_size} leaves {world} processes less than two "

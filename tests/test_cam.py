@@ -322,6 +322,12 @@ def test_a_file_that_is_no_picture_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_the_picture_does_not_take_the_place_of_the_image_it_is_drawn_from(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.get_args(["a", "--image", "x.png", "--cam", "x.png"])
+    assert "--cam would overwrite the --image" in capsys.readouterr().err
+
+
 def test_residuals_can_be_chosen_as_what_a_network_reads(few_phantoms):
     args = fit("--input", "residual")
     assert "-inputresidual-" in args.out

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fit
+from conftest import fit, image_file
 
 import data
 import evaluate
@@ -314,7 +314,8 @@ def test_the_report_tells_precision_from_recall_where_they_differ():
 def made(role="baseline", folder="runs/a", **changes):
     """A run as far as its flags go, those of train.py with some changed."""
     args = {**vars(train.get_args(["--role", role, "--arch", "resnet18"])), **changes}
-    return {"args": args, "folder": Path(folder), "name": Path(folder).name}
+    facts = {"images": ["training images", "validation images"], "processes": 1}
+    return {"args": args, "facts": facts, "folder": Path(folder), "name": Path(folder).name}
 
 
 TAUGHT = {"teacher": ["runs/other"], "T": 8.0, "alpha": 0.5}
@@ -363,7 +364,23 @@ def test_runs_that_differ_in_their_seed_and_their_teachers_seed_alone_are_varian
     groups = variants([*students, *others])
     assert sorted(len(same) for same in groups) == [1, 1, 3]
     both = [made("student", f"t{i}", teacher=[f"runs/t-seed{i}"]) for i in range(2)]  # one seed, two teachers
-    assert [len(same) for same in variants(both)] == [2]
+    with pytest.raises(data.UserError, match="they would count as two seeds"):
+        variants(both)
+
+
+@pytest.mark.parametrize("fact, value", [("images", ["training images", "more of them"]), ("processes", 2)])
+def test_runs_of_other_images_or_processes_are_neither_compared_nor_variants_of_one(fact, value):
+    runs = [made("student", "s", seed=0), made("baseline", "b", seed=0), made("student", "t", seed=1)]
+    assert comparable(*runs[:2]) and len(variants(runs[::2])) == 1
+    for run in runs[1:]:
+        run["facts"][fact] = value
+    assert not comparable(*runs[:2]) and len(variants(runs[::2])) == 2
+
+
+def test_hidden_labels_leave_a_student_comparable_though_it_has_more_training_images():
+    student, baseline = made("student", labels_per_class=3), made("baseline", labels_per_class=3)
+    student["facts"]["images"] = ["many images", "validation images"]
+    assert comparable(student, baseline)
 
 
 @pytest.mark.parametrize("role", ["baseline", "student"])
@@ -394,7 +411,7 @@ def judged(name, logits, labels, classes, seed=0, history=None, repeats=300, **a
     record = made(folder=name, seed=seed, **args)
     return record | {
         "data": SimpleNamespace(test=split, classes=classes, multilabel=several), "test": logits,
-        "facts": {"args": record["args"], "validation": metrics(logits, labels, classes), "teachers": [],
+        "facts": {**record["facts"], "args": record["args"], "validation": metrics(logits, labels, classes), "teachers": [],
                   "sha256": name, "taught_by": [], "train_accuracy": 0.5, "epoch": 1},
         "cost": {"parameters": 1e6, "multiply_adds": 1e9}, "validation": metrics(logits, labels, classes),
         "figures": metrics(logits, labels, classes),
@@ -494,6 +511,30 @@ def test_a_student_agrees_with_its_teachers_only_where_all_of_them_are_among_the
     assert [line for line in tables([a, s, b]) if "agrees" in line] == [wanted]
 
 
+def test_a_gain_says_how_many_of_the_seeds_it_rests_on_where_that_is_not_all():
+    labels = torch.arange(40) % 2
+    students = [judged(f"s-seed{i}", torch.randn(40, 2), labels, ["a", "b"], i, role="student") for i in range(3)]
+    baselines = [judged(f"b-seed{i}", torch.randn(40, 2), labels, ["a", "b"], i) for i in range(3)]
+    for n, says in ((3, "  minus b "), (2, "  minus b, 2 of 3 ")):
+        for run in baselines:
+            run["args"] = {**students[0]["args"], "role": "baseline", "seed": run["args"]["seed"]}
+        assert any(line.startswith(says) for line in tables([*students, *baselines[:n]])), says
+
+
+def test_a_figure_that_some_sample_cannot_have_keeps_the_interval_of_the_others():
+    labels = torch.tensor([1] * 3 + [0] * 8)  # a few samples are without a positive
+    run = judged("a", torch.randn(11, 2), labels, ["a", "b"])
+    assert run["samples"]["auc"].isnan().any()
+    low, high = (100 * interval(run["samples"]["auc"][1:])).tolist()
+    assert cell([run["samples"]["auc"]]).endswith(f"[{low:.1f} {high:.1f}]")
+    evaluate.plot("plot.svg", variants([run]))
+
+
+def test_a_finding_without_a_positive_has_no_precision_as_it_has_no_recall():
+    m = metrics(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 0]), ["a", "b"])
+    assert math.isnan(m["precision"]) and math.isnan(m["sensitivity"]) and math.isnan(m["f1"])
+
+
 # ---- runs
 
 
@@ -571,9 +612,8 @@ def test_a_run_given_twice_or_copied_is_not_two_seeds(few_phantoms):
     fit("--out", "runs/a")
     shutil.copytree("runs/a", "runs/copy")
     for twice in (["runs/a", "runs/a"], ["runs/a", "runs/a/best.pt"], ["runs/a", "runs/copy"]):
-        with pytest.raises(data.UserError, match="they would count as two seeds") as error:
+        with pytest.raises(data.UserError, match="they would count as two seeds|lie in one folder"):
             evaluate.main(twice)
-        assert "runs/a and runs/" in str(error.value)
 
 
 def test_a_folder_without_weights_is_left_out_with_a_line_and_alone_it_is_an_error(few_phantoms, capsys):
@@ -586,6 +626,26 @@ def test_a_folder_without_weights_is_left_out_with_a_line_and_alone_it_is_an_err
     assert list(json.loads(open("all.json").read())["runs"]) == [args.out]
     with pytest.raises(data.UserError, match="No such file: runs/begun/best.pt"):
         evaluate.main(["runs/begun"])
+
+
+def test_two_checkpoints_of_one_folder_do_not_share_its_metrics(few_phantoms):
+    args = fit()
+    shutil.copy(f"{args.out}/best.pt", f"{args.out}/copy.pt")
+    with pytest.raises(data.UserError, match="two of these runs lie in one folder"):
+        evaluate.main([args.out, f"{args.out}/copy.pt"])
+
+
+def test_a_folder_that_has_changed_since_is_told(kermany, capsys):
+    args = fit("--data", str(kermany), "--recipe", "scratch")
+    for i in range(20, 40):
+        image_file(kermany / f"train/NORMAL/IM-{i:04d}-0001.jpeg")
+    shutil.rmtree(kermany / "val")
+    try:
+        evaluate.main([args.out])
+    except data.UserError as error:  # the new split may hold patients of training
+        assert "by whom it" in str(error)
+    else:
+        assert "has changed since. Validation is not what chose its epoch" in capsys.readouterr().out
 
 
 def test_a_run_that_was_interrupted_is_judged_and_named_so(few_phantoms, capsys):
@@ -713,7 +773,7 @@ def test_a_run_is_not_judged_on_patients_that_it_was_trained_on(kermany):
     args = fit("--data", str(kermany), "--recipe", "scratch")
     for image in (kermany / "train/NORMAL").glob("IM-*.jpeg"):
         (kermany / "test/NORMAL" / image.name).write_bytes(image.read_bytes())
-    with pytest.raises(data.UserError, match="patients that it or its student is to be judged by"):
+    with pytest.raises(data.UserError, match="by whom it or its student is to be judged"):
         evaluate.main([args.out])
 
 
@@ -726,7 +786,7 @@ def test_a_student_is_not_judged_on_patients_that_its_teacher_was_trained_on(few
     assert "patient-of-the-teacher" in facts["seen_groups"]  # a student remembers whom its teacher saw
     seen = [*facts["seen_groups"], "phantom-test-3"]
     models.save_checkpoint("s/best.pt", model, **{**facts, "seen_groups": seen})
-    with pytest.raises(data.UserError, match="s has learned from 1 of the patients.*phantom-test-3"):
+    with pytest.raises(data.UserError, match="s has learned from phantom-test-3, by whom it"):
         evaluate.main(["s"])
 
 

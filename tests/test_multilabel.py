@@ -64,6 +64,33 @@ def test_chexperts_uncertain_labels_are_what_the_flag_says_and_its_side_views_ar
     assert set(loaded.test.groups) == {"patient64541", "patient64542"}
     expected = torch.tensor([1.0, 0.0, value, 0.0] + [0.0] * 9)
     assert all(torch.equal(row.nan_to_num(9), expected.nan_to_num(9)) for row in loaded.train.labels)
+    judging = data.load(chexpert, 16, ("val", "test"), uncertain=rule)  # whatever the rule, not by guesses
+    assert judging.val.labels[:, 2].isnan().all() and judging.test.labels[:, 2].isnan().all()
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (("Hernia", "hernia"), "not the CSV that its authors published.*hernia"),
+    (("Mass,0,5,", "Mass,0,,"), "not the CSV that its authors published"),
+])  # fmt: skip
+def test_a_label_that_is_spelt_otherwise_and_a_missing_patient_are_no_negatives(nih, wrong, says):
+    path = nih / "Data_Entry_2017.csv"
+    assert wrong[0] in path.read_text()
+    path.write_text(path.read_text().replace(*wrong))
+    with pytest.raises(data.UserError, match=says):
+        data.list_images(nih)
+
+
+def test_two_images_of_one_name_are_refused_where_a_csv_names_them(nih):
+    image_file(nih / "masks/00000001_000.png", shade=255)
+    with pytest.raises(data.UserError, match="Two images below .* have the same name"):
+        data.list_images(nih)
+
+
+def test_a_csv_without_any_of_its_images_says_so(nih):
+    for path in nih.glob("images_*/images/*.png"):
+        path.unlink()
+    with pytest.raises(data.UserError, match="No image of .*Data_Entry_2017.csv is below"):
+        data.list_images(nih)
 
 
 def test_padchests_lists_are_parsed_and_its_negatives_turned(padchest):

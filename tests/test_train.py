@@ -440,6 +440,47 @@ def test_accuracy_or_auc_chooses_the_best_epoch_and_the_loss_decides_ties_and_wh
     assert models.load_checkpoint("run")[1]["epoch"] == best
 
 
+def test_a_run_that_dies_while_it_saves_its_end_is_not_taken_for_finished(few_phantoms, monkeypatch):
+    real = train.save_run
+    monkeypatch.setattr(train, "save_run", lambda args, *rest: dies() if train.finished(args, rest[3][-1])
+                        else real(args, *rest))  # fmt: skip
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+
+    def dies():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit("--out", "run")
+    assert models.unfinished("run", models.load_checkpoint("run")[1]) == ", epoch 1 of 2"
+
+
+def test_a_run_whose_best_weights_are_gone_does_not_go_on(few_phantoms):
+    fit("--out", "run")
+    Path("run/best.pt").unlink()
+    with pytest.raises(data.UserError, match="run/last.pt is there and best.pt is not: delete it to train anew"):
+        fit("--out", "run")
+
+
+def test_a_run_does_not_go_on_with_other_labels_of_the_same_images(few_phantoms, monkeypatch):
+    fit("--out", "run")
+    real = data.list_phantoms
+
+    def other_labels(source):
+        return [{**r, "label": 1 - r["label"], "kind": 1 - r["kind"]} for r in real(source)]
+
+    monkeypatch.setattr(data, "list_phantoms", other_labels)
+    with pytest.raises(data.UserError, match="run was begun with other images"):
+        fit("--out", "run")
+
+
+def test_a_body_that_reads_residuals_is_not_given_images(few_phantoms):
+    fit("--out", "first", "--input", "residual")
+    with pytest.raises(data.UserError, match="first/best.pt reads the --input residual: add that flag"):
+        fit("--weights", "first", "--finetune", "head")
+    args = fit("--weights", "first", "--finetune", "head", "--input", "residual")
+    assert models.load_checkpoint(args.out)[1]["input"] == "residual"
+
+
 def test_best_is_written_before_last_so_that_a_kill_between_them_loses_no_epoch(few_phantoms, monkeypatch):
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     says([(0.5, 0.5, 0.7), (0.9, 0.9, 0.1), (0.5, 0.5, 0.7)], monkeypatch)
@@ -698,8 +739,13 @@ def family(tmp_path_factory):
     fit("--data", b, "--out", f"{root}/taught", "--teacher", f"{root}/of_a", role="student", small=small)
     fit("--data", b, "--out", f"{root}/begun", "--weights", f"{root}/of_a", small=small)
     (root / "of_a").rename(root / "moved/x")
-    a, b = (set(data.load(s, 32, val_fraction=0.25, cache=root / "cache").train.groups) for s in (a, b))
+    a, b = (known(data.load(s, 32, val_fraction=0.25, cache=root / "cache").train) for s in (a, b))
     return types.SimpleNamespace(root=root, small=small, a=a, b=b)
+
+
+def known(split):
+    """The names by which a run remembers whom it has learned from: patients and images."""
+    return {*split.groups, *split.ids}
 
 
 WAYS = {  # how a student of another hospital can come by what was learned from A
@@ -731,17 +777,26 @@ def test_a_student_is_not_judged_by_patients_that_anything_behind_it_has_learned
     if part == "validation" or "--weights" in flags:  # a network of hospital D teaches hospital C without objection
         fit("--teacher", f"{root}/clean", "--out", "allowed", role="student", small=small)
     who = re.escape(flags[-1])
-    with pytest.raises(data.UserError, match=f"{who} has learned from {len(judges & family.a)} of the patients"):
+    with pytest.raises(data.UserError, match=f"{who} has learned from .*, by whom it or its student is to be judged"):
         fit(*flags, "--out", "refused", role="student", small=small)
 
 
 def test_a_run_remembers_all_patients_behind_it_and_no_others(family, tmp_path):
     e = hospital(tmp_path / "e", range(40, 48), range(90, 92))
-    own = set(data.load(e, 32, val_fraction=0.25).train.groups)
+    own = known(data.load(e, 32, val_fraction=0.25).train)
     for name, flags, role in (("by teacher", ("--teacher", f"{family.root}/taught"), "student"),
                               ("by weights", ("--weights", f"{family.root}/begun"), "baseline")):  # fmt: skip
         fit("--data", e, *flags, "--out", name, role=role, small=family.small)
         assert set(models.load_checkpoint(name)[1]["seen_groups"]) == own | family.a | family.b
+
+
+def test_a_student_is_not_judged_by_images_of_its_teacher_whatever_patients_are_called_since(tmp_path, monkeypatch):
+    a = hospital(tmp_path / "a", range(8), range(50, 52))
+    small = [*SMALL, "--recipe", "scratch", "--epochs", "1", "--val-fraction", "0.25", "--data", a]
+    fit("--out", "teacher", small=small)
+    monkeypatch.setattr(data, "PATIENT", re.compile("other names"))
+    with pytest.raises(data.UserError, match="teacher has learned from train/"):
+        fit("--teacher", "teacher", "--out", "student", role="student", small=small)
 
 
 # ---- a teacher that is replaced

@@ -550,7 +550,7 @@ def run(main):
     except (MemoryError, torch.OutOfMemoryError):
         sys.exit("error: out of memory. Lower --batch-size or --size")
     except KeyboardInterrupt:
-        sys.exit("stopped; train.py goes on from the last saved epoch")
+        sys.exit("stopped; train.py goes on from the epoch it saved last, at most 20 s ago")
 
 
 def one_line(error):

@@ -243,7 +243,7 @@ def draw_cams(path, titles, runs, device, masks=None, side=224):
     plain = runs[0][2].expand(-1, 3, -1, -1)
     plain = resize(plain if masks is None else outline(plain, masks), side)
     columns = [[caption(tile, title) for tile, title in zip(plain, titles, strict=True)]]
-    grey, red = resize(runs[0][2], side), torch.tensor([255.0, 60, 0]).view(1, 3, 1, 1)
+    grey, yellow = resize(runs[0][2], side), torch.tensor([255.0, 200, 0]).view(1, 3, 1, 1)
     for name, model, images, targets, texts, wrong in runs:
         x = prepare(images, device)
         maps = last_maps(model, as_read(model, x))[1]
@@ -252,13 +252,14 @@ def draw_cams(path, titles, runs, device, masks=None, side=224):
                   f"x {MAPS} say little of where. Train it at a larger --size")
             continue
         heat = resize(grad_cam(model, x, targets.to(device))[:, None].cpu(), side)
-        warm = grey + 0.6 * heat * (red - grey)  # no heat leaves the image as it is
+        # No heat leaves the image as it is. Yellow is brighter than tissue, also on grey paper.
+        warm = grey + 0.6 * heat * (yellow - grey)
         columns.append([caption(*each) for each in zip(
             warm, [f"{name} {text}" for text in texts], wrong.tolist(), strict=True)])
     if len(columns) > 1:
         tiles = [tile for row in zip(*columns, strict=True) for tile in row]
         write_picture(path, make_grid(tiles, nrow=len(columns), padding=3))
-        print(f"Grad-CAM of {len(titles)} images: {path}")
+        print(f"Grad-CAM of {len(titles)} image{'s' * (len(titles) > 1)}: {path}")
 
 
 def resize(images, side):
@@ -546,7 +547,7 @@ def reports(records):
 
 
 def plot(path, groups):
-    """A row a variant, its AUC and accuracy as dots with intervals; below, what distillation
+    """A row a variant, its AUC and accuracy as dots with 95 % intervals; below, what distillation
     changed, and the line of no change."""
     rows = [(row_title(same), {k: [r["samples"][k] for r in same] for k in COLUMNS})
             for same in groups]
@@ -554,10 +555,11 @@ def plot(path, groups):
     for block, what in ((rows, "%"), (gains(groups), "points gained")):
         for i, (title, _) in enumerate(block):
             for k, line in enumerate(title.split("\n")):
-                shapes.append(svg_text(10, top + 50 + 36 * i + 14 * k, line))
+                shapes.append(svg_text(10, top + 50 + 36 * i + 14 * k, line[:32]))
         for column, left in (("auc", 250), ("accuracy", 560)) if block else ():
             spreads = [[100 * value for value in spread(figures[column])] for _, figures in block]
-            shapes.append(svg_text(left + 120, top + 16, f"{column}, {what}", "middle"))
+            title = f"{column.replace('auc', 'AUC')}, {what}"
+            shapes.append(svg_text(left + 120, top + 16, title, "middle"))
             shapes += dots(spreads, left, top + 30, ticks=[0] if block is not rows else [])
         top += 36 * len(block) + 80
     write_svg(path, top, shapes)
@@ -574,7 +576,7 @@ def dots(spreads, left, top, ticks):
 
     shapes = [svg_line([(x(low), bottom), (x(high), bottom)])]
     for tick in {low, high, *ticks}:
-        shapes += [svg_line([(x(tick), bottom), (x(tick), top)], 'stroke-dasharray="2 3"'),
+        shapes += [svg_line([(x(tick), bottom), (x(tick), bottom - 5 if tick else top)]),
                    svg_text(x(tick), bottom + 16, tick, "middle")]
     for i, (middle, _, *both) in enumerate(spreads):
         y = top + 24 + 36 * i
@@ -591,7 +593,8 @@ def plot_curves(path, groups):
         curves = [[[float(row[name]) for row in read_csv(r["folder"] / "history.csv")]
                    for r in same for name in names] for same in groups]  # two a seed
     low = math.floor(9.9 * min(min(curve) for panel in curves for curve in panel)) / 10
-    shapes = [svg_text(10, 20, "accuracy by epoch, %: training dashed, validation solid")]
+    shapes = [svg_text(10, 20, "accuracy by epoch, %. Dashed: training images with a label. "
+                               "Solid: validation")]
     for i, panel in enumerate(curves):
         left, top = 45 + 270 * (i % 3), 60 + 210 * (i // 3)
         epochs = max(len(curve) for curve in panel)
@@ -603,7 +606,7 @@ def plot_curves(path, groups):
             x, y = at(0, value)
             shapes += [svg_text(x - 5, y + 4, f"{100 * value:.0f}", "end"),
                        svg_line([(x, y), (x + 220, y)], 'stroke-width="0.4"')]
-        shapes += [svg_text(left, top - 10, row_name(groups[i])), svg_text(left, top + 168, 1),
+        shapes += [svg_text(left, top - 10, row_name(groups[i])[:32]), svg_text(left, top + 168, 1),
                    svg_text(left + 220, top + 168, epochs, "end")]
         for k, curve in enumerate(panel):
             style = list(names.values())[k % 2]
@@ -652,6 +655,9 @@ def get_args(argv=None):
     if args.image and any(judging):
         p.error("--image reads one image and judges nothing: of the other flags only --cam goes "
                 "with it")
+    for flag, path in (("--plot", args.plot), ("--curves", args.curves)):
+        if path and not path.endswith(".svg"):
+            p.error(f"{flag} writes an SVG: its name must end in .svg, not {path}")
     if args.cam and args.cam == args.image:
         p.error("--cam would overwrite the --image: name another file")
     return args

@@ -418,8 +418,8 @@ def refuse_leak(path, groups, data):
     """groups: the patients that a network, its teachers and its first weights have learned from."""
     if seen := set(groups) & {*data.val.groups, *data.val.ids, *data.test_groups}:
         raise UserError(f"{path} has learned from {min(seen)}, by whom it or its student is to be "
-                        f"judged in {data.source}. Give other images, or the --data and "
-                        f"--val-fraction of its training")
+                        f"judged in {data.source}. Give other images, or the --data, "
+                        f"--val-fraction and names of patients (PATIENT) of its training")
 
 
 def stopped_at(facts):

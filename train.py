@@ -115,7 +115,7 @@ def train_one_epoch(model, batches, optimizer, T=1.0, alpha=0.9, label_smoothing
             loss = (1 - alpha) * hard + alpha * soft  # KD
         for aux_logits in aux:  # classifiers half-way up (InceptionV3, GoogLeNet) get the same loss
             aux_loss = label_loss(aux_logits, y, label_smoothing, n_known)
-            if teacher_logits is not None:  # KD: the same three lines, in one function
+            if teacher_logits is not None:  # KD: the same loss, in one function
                 aux_loss, _, _ = distillation_loss(aux_logits, teacher_logits, y, T, alpha, n_known)
             loss = loss + aux_weight * aux_loss
         optimizer.zero_grad()
@@ -468,16 +468,19 @@ def write_history(args, history, board):
 
 def describe_run(args, model, learner, data, history):
     sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, learner)]
-    n, known = len(data.train.labels), (data.train.labels >= 0).view(len(data.train.labels), -1)
-    some = f", {known.any(1).sum()} labelled," if args.labels_per_class is not None else ""
-    some += f" ({100 * args.wrong_labels:g} % wrong)" if args.wrong_labels else ""
-    positive = "" if len(data.classes) > 2 or data.multilabel else f"; positive: {data.classes[1]}"
+    n = len(data.train.labels)
+    labelled = (data.train.labels >= 0).view(n, -1).any(1).sum()
+    some = f", {labelled} labelled" if labelled < n else ""
+    some += f", {100 * args.wrong_labels:g} % of the labels wrong" if args.wrong_labels else ""
+    positive = f"; positive: {data.classes[1]}"
+    if len(data.classes) > 2:
+        positive = "" if data.multilabel else f"; classes: {', '.join(data.classes)}"
     print(f"{args.role}: {args.arch} at {args.size} px, {sizes[0]:.1f} M parameters, "
-          f"{sizes[1]:.1f} M learning; to {args.out}\n{n} training images{some} and "
-          f"{len(data.val.labels)} validation images of {args.data}{positive}", flush=True)
+          f"{sizes[1]:.1f} M learning; to {args.out}\n{args.data}: {n} training images{some}; "
+          f"{len(data.val.labels)} validation images{positive}", flush=True)
     if history:
         done = history[-1]["epoch"]
-        print(f"{args.out} is finished, {done} epochs: evaluate it, or choose another --out"
+        print(f"{args.out} is finished, epoch {done}: evaluate it, or choose another --out"
               if finished(args, history[-1]) else f"going on after epoch {done}", flush=True)
 
 
@@ -498,7 +501,8 @@ def describe_end(args, history):
           f"{low['val_loss']:.3f}\n{spent:.0f} s of training; {args.out}/best.pt")
     then = f"evaluate.py {args.out}"
     if args.role == "teacher":
-        then = f"train.py --role student --recipe {args.recipe} --teacher {args.out}"
+        then = f"train.py --role student --recipe {args.recipe}"
+        then += "" if args.out == f"runs/{args.recipe}/teacher" else f" --teacher {args.out}"
         then += "" if args.data in ("phantoms", "findings") else f" --data {args.data}"
     print(f"next: python {then}")
 

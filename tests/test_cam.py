@@ -296,7 +296,7 @@ def test_each_run_draws_its_own_call_and_its_own_heat_of_an_image_that_no_data_s
     evaluate.main(["a", "b", "c", "--image", "deep/folder/image7.png", "--cam", "one.png"])
     told = capsys.readouterr().out
     assert captions[0] == "image7.png"  # the title of the row
-    picture, red = pixels("one.png"), torch.tensor([255.0, 60, 0]).view(3, 1, 1)
+    picture, red = pixels("one.png"), torch.tensor([255.0, 200, 0]).view(3, 1, 1)
     assert picture.shape == (3, 230, 4 * 227 + 3)
     plain, heats = picture[:, 3:227, 3:227], []
     for i, (name, size, classes, favourite, several) in enumerate(runs):

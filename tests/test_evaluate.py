@@ -726,7 +726,7 @@ def test_the_plot_has_a_dot_a_run_at_its_figure_and_a_line_over_its_interval():
         assert (at - a) / (b - a) == pytest.approx((100 * values[0].item() - low) / (high - low), abs=0.02)
     said = [text.text for text in shapes("plot.svg", "text")]
     gain = 100 * (runs[1]["samples"]["auc"][0] - runs[0]["samples"]["auc"][0]).item()
-    for words in ("one & only", "  minus one & only", "auc, %", "accuracy, points gained", "0", f"{gain:.1f}"):
+    for words in ("one & only", "  minus one & only", "AUC, %", "accuracy, points gained", "0", f"{gain:.1f}"):
         assert words in said, words
 
 
@@ -796,6 +796,13 @@ def test_classes_other_than_those_of_training_are_refused(kermany, few_phantoms)
         (kermany / split / "PNEUMONIA").rename(kermany / split / "COVID")
     with pytest.raises(data.UserError, match="'PNEUMONIA'.*'COVID'"):
         evaluate.main([args.out, "--data", str(kermany)])
+
+
+@pytest.mark.parametrize("flag", ["--plot", "--curves"])
+def test_a_picture_is_not_called_what_it_is_not(flag, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.get_args(["a", flag, "slide.png"])
+    assert f"{flag} writes an SVG: its name must end in .svg, not slide.png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--json", "b.json"], ["--report"], ["--grid"], ["--data", "images"],

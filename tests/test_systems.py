@@ -117,7 +117,7 @@ def test_a_defective_teacher_ends_after_the_first_epoch_that_validates_better_th
     assert facts["epoch"] == 5 and facts["args"]["stop_at"] == 0.57
     capsys.readouterr()
     fit(*STOPPED)
-    assert "stopped is finished, 5 epochs" in capsys.readouterr().out
+    assert "stopped is finished, epoch 5" in capsys.readouterr().out
     fit("--teacher", "stopped", "--out", "student", role="student")
     said = capsys.readouterr().out
     assert "taught by stopped: squeezenet1_1, stopped at 0.57, best in epoch 5, 32 px" in said

@@ -553,7 +553,7 @@ def test_a_finished_run_started_again_says_so_and_touches_nothing(few_phantoms, 
     before = {p.name: p.stat().st_mtime_ns for p in Path(args.out).iterdir()}
     capsys.readouterr()
     fit()
-    assert "is finished, 2 epochs" in capsys.readouterr().out
+    assert "is finished, epoch 2" in capsys.readouterr().out
     assert before == {p.name: p.stat().st_mtime_ns for p in Path(args.out).iterdir()}
 
 

@@ -73,7 +73,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on_and_it_does(few_phantoms, mon
                 data.run(lambda: fit("--out", "run"))
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert str(end.value) == "stopped; train.py goes on from the last saved epoch"
+    assert str(end.value) == "stopped; train.py goes on from the epoch it saved last, at most 20 s ago"
     fit("--out", "run")
     assert "going on after epoch 1" in capsys.readouterr().out
     assert len(Path("run/history.csv").read_text().splitlines()) == 3 and not list(Path("run").glob(".*"))

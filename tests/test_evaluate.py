@@ -509,6 +509,10 @@ def test_a_student_agrees_with_its_teachers_only_where_all_of_them_are_among_the
     share = (s["test"].argmax(1) == together.argmax(1)).double().mean().item()
     wanted = f"s agrees with its teacher on {100 * share:.1f} % of the images"
     assert [line for line in tables([a, s, b]) if "agrees" in line] == [wanted]
+    other = judged("s-seed1", torch.randn(40, 2), labels, ["x", "y"], seed=1, arch="s")
+    other["args"] |= {"role": "student"}
+    other["facts"]["teachers"] = ["elsewhere"]  # a share of the seeds would pass for all of them
+    assert not any("agrees" in line for line in tables([a, s, b, other]))
 
 
 def test_a_gain_says_how_many_of_the_seeds_it_rests_on_where_that_is_not_all():

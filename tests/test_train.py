@@ -313,6 +313,15 @@ def test_several_passes_over_very_few_images_come_to_an_end(monkeypatch):
     assert [len(y) for _, y, _ in batches] == [1, 1, 1]
 
 
+def test_the_hard_loss_that_is_told_is_a_mean_over_the_labelled_images_of_all_batches():
+    model, x = torch.nn.Linear(4, 2), torch.randn(12, 4)
+    y = torch.tensor([0, -1, -1, -1, 1, 0, 1, -1, -1, -1, -1, -1])  # one, three and no label a batch of four
+    batches = [(x[rows], y[rows], torch.zeros(4, 2)) for rows in torch.arange(12).split(4)]
+    row = train.train_one_epoch(model, batches, torch.optim.SGD(model.parameters(), 0.0))
+    wanted = F.cross_entropy(model(x)[y >= 0], y[y >= 0]).item()
+    assert row["hard"] == pytest.approx(wanted, rel=1e-5)
+
+
 def test_hidden_labels_may_be_right_or_wrong_without_a_bit_of_the_weights_changing(few_phantoms, monkeypatch):
     fit("--out", "teacher", *SHUFFLENET)
     flags = ["--teacher", "teacher", "--labels-per-class", "3", "--alpha", "0.5", "--epochs", "1"]

@@ -310,7 +310,7 @@ def judge(folder, device, source, cache, loaded):
     sets at hand, so that runs of one size share one."""
     model, facts = load_checkpoint(folder)
     args, source = facts["args"], source or facts["args"]["data"]
-    choice = ("per_class", "classes", "val_fraction", "uncertain")
+    choice = ("per_class", "classes", "val_fraction")
     key = (facts["size"], source, *(args[flag] for flag in choice))
     if key not in loaded:
         loaded[key] = load_as(args, facts["size"], ("val", "test"), cache, source)
@@ -321,8 +321,8 @@ def judge(folder, device, source, cache, loaded):
               f"images that were moved from train to test are not known again")
     model.to(device, memory_format=torch.channels_last)  # and not kept: 30 runs may not fit
     val, test = (predict(model, split.images, device) for split in (data.val, data.test))
-    # The same samples for every run: differences between two runs are paired.
     figures = metrics(test, data.test.labels, data.classes)
+    # The same samples for every run: differences between two runs are paired.
     samples = measure(test, data.test.labels, bootstrap_weights(data.test.groups))
     figures["interval"] = {name: interval(v[1:]).tolist() for name, v in samples.items()}
     folder = run_file(folder).parent
@@ -558,10 +558,10 @@ def plot(path, groups):
                 shapes.append(svg_text(10, top + 50 + 36 * i + 14 * k, line[:32]))
         for column, left in (("auc", 250), ("accuracy", 560)) if block else ():
             spreads = [[100 * value for value in spread(figures[column])] for _, figures in block]
-            title = f"{column.replace('auc', 'AUC')}, {what}"
-            shapes.append(svg_text(left + 120, top + 16, title, "middle"))
+            heading = f"{column.replace('auc', 'AUC')}, {what}"
+            shapes.append(svg_text(left + 120, top + 16, heading, "middle"))
             shapes += dots(spreads, left, top + 30, ticks=[0] if block is not rows else [])
-        top += 36 * len(block) + 80
+        top += 36 * len(block) + 80 if block else 0
     write_svg(path, top, shapes)
 
 

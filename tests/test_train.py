@@ -1052,7 +1052,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_numbers(few_phantoms, m
 def test_help_shows_the_defaults_of_the_recipe_and_role_it_is_asked_for(capsys):
     for argv, wanted in (
         (["--help"], "inception_v3"),
-        (["--role", "student", "--data", "x", "--help"], "0.0002"),
+        (["--role", "student", "--data", "x", "--help"], "(default: 128)"),
     ):
         with pytest.raises(SystemExit) as end:
             train.get_args(argv)

@@ -100,7 +100,7 @@ def make_epoch(arch, size, args, device):
     images = random_images(args.batch_size * args.steps, size, device)
     labels = torch.randint(0, 2, (len(images),), device=device)
     flags = train.get_args(["--role", "baseline", "--batch-size", str(args.batch_size),
-                            "--device", str(device)])
+                            "--steps-per-epoch", str(args.steps), "--device", str(device)])
 
     def epoch(teachers=()):
         order = torch.Generator().manual_seed(0)

@@ -56,6 +56,17 @@ def test_counts_agree_with_torchvisions_published_ones(arch, size, parameters, g
     assert c["multiply_adds"] / 1e9 == pytest.approx(giga, rel=0.01)
 
 
+@pytest.mark.parametrize("steps", [1, 12])
+def test_a_timed_epoch_takes_the_steps_that_its_seconds_are_divided_by(monkeypatch, steps):
+    sizes = []
+    monkeypatch.setattr(train, "train_one_epoch", lambda model, batches, *args, **kwargs:
+                        sizes.extend(len(y) for _, y, _ in batches))
+    args = SimpleNamespace(batch_size=2, steps=steps)
+    *_, epoch = profile_gpu.make_epoch("squeezenet1_1", 32, args, CPU)
+    epoch()
+    assert sizes == [2] * steps
+
+
 def test_calls_are_timed_interleaved_and_the_warm_up_is_not_counted():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}

@@ -186,13 +186,36 @@ def test_the_map_of_the_files_says_how_long_they_are():
 def test_the_cells_of_the_results_are_those_that_were_measured():
     """Every cell of a table that follows a link to a file of results stands in that file's tables."""
     for section in RESULTS.split("\n## ")[1:]:
-        for name in set(re.findall(r"\]\((films|course|three-classes)\.json\)", section)):
+        for name in set(re.findall(r"\]\((xrays|labels|films|course|three-classes)\.json\)", section)):
             kept = json.loads((ROOT / f"results/{name}.json").read_text())
             measured = re.sub(r"\s+", " ", " ".join(kept["tables"]))
             rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
             for cell in [cell.strip("| ") for row in rows[1:] for cell in row[1:]]:
                 for part in cell.split(" / "):
                     assert re.sub(r" \[.*| ± .*", "", part) in measured, (name, cell)
+
+
+def test_the_first_table_of_the_readme_is_that_of_the_results():
+    printed = "".join(" ".join(json.loads((ROOT / f"results/{name}.json").read_text())["tables"])
+                      for name in ("xrays", "labels"))  # fmt: skip
+    rows = [line for line in README.split("\n\n")[2].splitlines() if "±" in line]
+    figures = re.findall(r"[\d.]+ ± [\d.]+", "".join(rows))
+    assert len(rows) == 5 and len(figures) == 10
+    assert not [figure for figure in figures if figure not in printed]
+
+
+def test_the_figure_of_labels_is_drawn_from_the_results(monkeypatch, tmp_path):
+    drawn = {}
+    monkeypatch.setattr(evaluate, "write_svg", lambda path, height, shapes: drawn.update({path: shapes}))
+    names = {"__file__": str(ROOT / "figures/labels.py"), "__name__": "labels"}
+    exec((ROOT / "figures/labels.py").read_text(), names)
+    names["main"]()
+    [(path, shapes)] = drawn.items()
+    assert all(shape in path.read_text() for shape in shapes)
+    runs = {f"runs/labels/alone-10-seed{s}": {"test": {"auc": auc}} for s, auc in enumerate((0.8, 0.9, 0.7))}
+    monkeypatch.setitem(names, "LABELS", ["10"])
+    [(middle, half)] = names["points"](runs, names["ALONE"], "auc", "test")
+    assert middle == pytest.approx(80) and half == pytest.approx(4.303 * 10 / 3**0.5)  # Student's t by hand
 
 
 @pytest.mark.parametrize("result, seeds, student, baseline, t", [

@@ -154,13 +154,14 @@ def paired_batches(inputs, labels, teachers, args, generator, device="cpu"):
     affines = random_affines(n, generator).to(device) if args.augment else None
     parts = []
     while len(parts) < (args.steps_per_epoch or 1):  # one pass over the images, or several
-        one_pass = list(torch.randperm(n, generator=generator).split(args.batch_size))
+        # On the device as a whole: to copy the rows of every batch there would make a GPU wait.
+        one_pass = list(torch.randperm(n, generator=generator).to(device).split(args.batch_size))
         if len(one_pass) > 1 and len(one_pass[-1]) < 2 * world:  # BatchNorm needs two a process
             one_pass[-2:] = [torch.cat(one_pass[-2:])]
         parts += one_pass
     for part in parts[: args.steps_per_epoch]:
         # Each of several processes takes its share; what does not divide is left out this epoch.
-        rows = part[rank : len(part) // world * world : world].to(device)
+        rows = part[rank : len(part) // world * world : world]
         moves = None if affines is None else affines[rows]  # the same for student and teachers
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=use_amp(args)):
             x = read_rows(*inputs, rows, device, moves)

@@ -422,7 +422,7 @@ def prepare(images, device, theta=None):
 
 @functools.cache
 def normalisation(device):
-    """(x / 255 - MEAN) / STD as one product and one sum: shift + x * scale. On a GPU only once."""
+    """(x / 255 - MEAN) / STD as one product and one sum: shift + x * scale, copied once."""
     return (-MEAN / STD).to(device), (1 / (255 * STD)).to(device)
 
 

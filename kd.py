@@ -44,7 +44,7 @@ def kd_loss(student_logits, teacher_logits, T):
       "mean", makes the loss C times smaller, and alpha then means something else.
     - T^2 undoes the 1/T^2 by which a high temperature shrinks the gradient. The gradient becomes
       T (q - p) / B, so alpha and the learning rate need little retuning for another T. But it may
-      be as long as T: a student far from its teacher diverges unless gradients are clipped.
+      be T times as long: a student far from its teacher can diverge unless gradients are clipped.
     - Both sides stay logs until the product: equal logits give exactly 0, and a probability that
       underflows gives 0 * finite instead of NaN.
     - The trap: softmax of a single logit is always 1, so the loss would be 0 and train nothing. A

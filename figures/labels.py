@@ -8,7 +8,6 @@ are judged on the same patients: drawn anew, these would move both together.
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from evaluate import svg_line, svg_text, write_svg  # noqa: E402
 
-T_QUANTILE = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 %, by the number of seeds
+T_QUANTILE = {3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 %, by the number of seeds
 LABELS = ["10", "30", "100", "300", "all"]
 # The lines: what the runs are called (with all labels too), and how they are drawn.
 ALONE = dict(few="alone", all="alexnet", words="on those labels alone", fill="#fff",
@@ -33,7 +32,7 @@ def points(runs, line, figure, split):
     for n in LABELS:
         name = line["all"] if n == "all" else f"{line['few']}-{n}"
         each = [100 * run[split][figure] for folder, run in runs.items()
-                if re.sub(r"-seed\d+", "", Path(folder).name) == name]
+                if Path(folder).name.startswith(f"{name}-seed")]
         yield mean(each), T_QUANTILE[len(each)] * stdev(each) / len(each) ** 0.5
 
 

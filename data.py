@@ -2,13 +2,12 @@
 
     data = load("data/chest_xray", size=224)     data.train.images (N, 1, 224, 224), .labels, .ids
     data = load("phantoms", size=112)            chest X-rays drawn here: no download
-
     python data.py data/chest_xray               count and audit a folder
     python data.py --download data/chest_xray    fetch the public set, 1.2 GB
-    python data.py --phantoms phantoms.png       what the built-in images look like
 
-There is no Dataset, no DataLoader and no worker: a batch is `images[rows]`. Validation is carved
-out of the training images by patient; it depends on the patients' names alone, never on a seed.
+In this order: load; class folders; patients and splits; decoding and cache; prepare; sets with a
+CSV; phantoms; audit and download; small helpers; the command line. There is no Dataset, no
+DataLoader and no worker: a batch is `images[rows]`.
 """
 
 import argparse
@@ -16,18 +15,22 @@ import ast
 import csv
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import subprocess
 import sys
 import time
+import tokenize
 import zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.client import HTTPException
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,17 +38,16 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torchvision.utils import make_grid
+from PIL import Image, ImageOps
 
-VERSION = 3  # of the cache: raise it when the same files would give other pixels
 URL = ("https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/"
        "f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded")
 SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
 MEAN = torch.tensor([0.485, 0.456, 0.406])  # ImageNet's, which pre-trained networks expect
 STD = torch.tensor([0.229, 0.224, 0.225])
-
 IMAGE_FILE = re.compile(r"[^.].*\.(jpe?g|png)", re.IGNORECASE)  # not ._person1_virus_6.jpeg
+PICTURE_FILE = re.compile(r"[^.].*\.(jpe?g|png|tiff?|bmp|gif|webp|jp2|jfif|heic|dcm|dicom)",
+                          re.IGNORECASE)
 # The name of a patient in the paths of the public set and of MURA. Bacteria and virus are numbered
 # separately: person7_virus is another child than person7_bacteria, NORMAL2-IM-0007 than IM-0007.
 PATIENT = re.compile(r"person\d+_(?:bacteria|virus)|(?:NORMAL2-)?IM-\d+"
@@ -58,42 +60,39 @@ class UserError(ValueError):
 
 # ---- load: from a folder to tensors --------------------------------------------------------------
 
-
 def load(source, size, splits=("train", "val"), per_class=None, labels_per_class=None, classes=None,
-         val_fraction=0.1, uncertain="ignore", wrong_labels=0.0, unlabelled=True, cache="cache"):
+         val_fraction=0.1, wrong_labels=0.0, unlabelled=True, cache="cache"):
     """The splits asked for, each with .images (N, 1, size, size) uint8, .labels, .ids and .groups.
-
-    labels: (N,) class indices, -1 unknown; or, where an image may have several findings
-    (data.multilabel), (N, K) floats 0, 1 or NaN, unknown. groups: the patients. Also data.classes,
-    .multilabel and .source. Row i is image i in all of them. Only evaluate.py asks for "test".
-    unlabelled: whether training images that --labels-per-class leaves without a label stay.
-    """
+    labels: (N,) class indices, -1 for none; or, where an image may have several findings
+    (data.multilabel), (N, K) floats 0, 1 or NaN, unknown. groups: the patients. Row i is image i in
+    all of them. Only evaluate.py asks for "test". unlabelled: whether training images without a
+    label stay, those of train/UNLABELLED and those that --labels-per-class leaves without one."""
     records, names = list_images(str(source), classes)
-    multilabel = any(isinstance(r["label"], list) for r in records)
+    data = SimpleNamespace(classes=names, source=str(source), fingerprints={},
+                           multilabel=any(isinstance(r["label"], list) for r in records))
     if len(names) < 2 or classes not in (None, len(names)):
         raise UserError(f"{source} has the classes {names}. Expected {classes or 'at least 2'}")
-    if multilabel and (per_class or wrong_labels):
-        raise UserError(f"--per-class and --wrong-labels expect one class an image; those of "
-                        f"{source} may have several findings. Leave both flags out")
-    counts = {"train": per_class}
-    if all(r["split"] != "val" for r in records):  # the phantoms have validation images already
+    if data.multilabel and (per_class or wrong_labels):
+        raise UserError(f"--per-class and --wrong-labels expect one class an image: leave them out "
+                        f"for {source}, whose images may have several findings")
+    if data.source not in PHANTOM_SOURCES:  # which have validation images of their own
         carve_validation(records, val_fraction)
-        if per_class:
-            counts["val"] = min(per_class - 1, max(1, round(val_fraction * per_class)))
-            counts["train"] -= counts["val"]
     if per_class:  # after validation: a small subset never trains on what a large one holds back
-        keep_per_class(records, counts, names)
+        keep_per_class(records, names, per_class, val_fraction)
     for r in records:
-        if r["split"] == "train" and r["chance"] < wrong_labels:
+        if r["split"] == "train" and r["chance"] < wrong_labels and r["label"] != -1:
             r["label"] = (r["label"] + 1) % len(names)
-        if multilabel:  # validation and test leave out what CheXpert marks as uncertain, always
-            unsure = UNSURE[uncertain if r["split"] == "train" else "ignore"]
-            r["label"] = [unsure if value == -1 else value for value in r["label"]]
-    if labels_per_class is not None:
-        hide_labels(records, labels_per_class, len(names), unlabelled)
-    data = SimpleNamespace(classes=names, multilabel=multilabel, source=str(source))
-    test = [r for r in records if r["split"] == "test"]
-    data.test_groups = {r["group"] for r in test} | {r["id"] for r in test}  # patients and images
+    for split in ("train", "val", "test"):  # before labels are hidden: a baseline's are the same
+        facts = [(r["id"], r["bytes"], r["label"]) for r in records if r["split"] == split]
+        data.fingerprints[split] = fingerprint(facts)
+    if labels_per_class is not None:  # of several findings: so many times their number of images
+        n_labels = labels_per_class * (len(names) if data.multilabel else 1)
+        for r in surplus(records, "train", n_labels):
+            r["label"] = -1
+    for r in records:
+        if r["split"] == "train" and r["label"] == -1 and not unlabelled:
+            r["split"] = "unused"
+    data.test_groups = {r[key] for r in records if r["split"] == "test" for key in ("group", "id")}
     check_splits(data, records, splits)
     for split in splits:
         setattr(data, split, load_split(data, records, split, size, cache))
@@ -109,107 +108,260 @@ def check_splits(data, records, splits):
             problem = f"{data.source} has no {split} images of {', '.join(missing)}"
             if split in splits:
                 raise UserError(f"{problem}. Expected some of every class; add other patients")
-            tell(f"{problem}: evaluate.py will need some")
+            print_once(f"{problem}: evaluate.py will need some")
     shared = data.test_groups & {r["group"] for r in records if r["folder"] != "test"}
     if shared and "test" not in splits:
-        tell(f"{len(shared)} patients of {data.source} are in both train and test, such as "
-             f"{min(shared)}: evaluate.py refuses runs that have learned from them")
+        print_once(f"{len(shared)} patients of {data.source} are in both train and test, such as "
+                   f"{min(shared)}: evaluate.py refuses runs that have learned from them")
 
 
 def load_as(args, size, splits, cache, source=None):
     """load() as a run's flags say, a dict: the same images for training and for judging."""
-    names = "per_class labels_per_class classes val_fraction uncertain wrong_labels".split()
-    return load(source or args["data"], size, splits, cache=cache,
-                unlabelled=args["role"] == "student", **{name: args[name] for name in names})
+    names = ("per_class", "labels_per_class", "classes", "val_fraction", "wrong_labels")
+    return load(source or args["data"], size, splits, **{name: args[name] for name in names},
+                unlabelled=args["role"] == "student" and args["alpha"] > 0, cache=cache)
 
 
 def load_split(data, records, split, size, cache):
-    """One split as tensors: rows of the table that holds all images of its folder."""
+    """One split as tensors: rows of the cached array that holds all images of its folder."""
     chosen = [r for r in records if r["split"] == split]
     folder = [r for r in records if r["folder"] == chosen[0]["folder"]]
-    if data.source in PHANTOM_SOURCES:
-        made_from, blocks = PHANTOMS[split], draw_blocks(data.source, split, size)
-    else:
-        stats = [(r["id"], r["negative"], os.stat(r["path"])) for r in folder]
-        made_from = [(id, negative, s.st_size, s.st_mtime_ns) for id, negative, s in stats]
-        blocks = decode_blocks(folder, size)
-    name = f"{Path(data.source).resolve().name}-{chosen[0]['folder']}-{size}"
-    path = Path(cache) / f"{name}-{fingerprint(VERSION, made_from)}.npy"
-    pixels = table(path, len(folder), blocks)  # (all images of the folder, 1, size, size)
+    drawn = data.source in PHANTOM_SOURCES
+    place = data.source if drawn else os.path.realpath(data.source)
+    # The key holds all that decides the pixels, the code included: to change it is to decode again.
+    code = (list_phantoms, draw_blocks, draw, random_chests, draw_chest) if drawn else (decode,)
+    key = fingerprint(place, size, [inspect.getsource(function) for function in code],
+                      [(r["id"], r["bytes"], r["mtime"], r["negative"]) for r in folder])
+    path = Path(cache, f"{os.path.basename(place)}-{chosen[0]['folder']}-{size}-{key}.npy")
+    blocks = draw_blocks(folder, size) if drawn else decode_blocks(folder, size)
+    pixels = cached_array(path, len(folder), blocks)  # (all images of the folder, 1, size, size)
     rows = torch.tensor([i for i, r in enumerate(folder) if r["split"] == split])
+    none = [math.nan] * len(data.classes) if data.multilabel else -1
     images = SimpleNamespace(  # a copy in memory: 50 kB an image at 224
-        images=pixels[rows, :1], labels=torch.tensor([r["label"] for r in chosen]),
-        ids=[r["id"] for r in chosen], groups=[r["group"] for r in chosen],
-        fingerprint=fingerprint(path.name, rows.tolist()))
-    if data.source in PHANTOM_SOURCES:
+        images=pixels[rows, :1], ids=[r["id"] for r in chosen], groups=[r["group"] for r in chosen],
+        labels=torch.tensor([none if r["label"] == -1 else r["label"] for r in chosen]),
+        key=fingerprint(path.name, rows.tolist()))
+    if drawn:
         images.masks = pixels[rows, 1] > 0
     return images
 
 
 def list_images(source, classes=None):
     """A record for every image, and the names of the classes; nothing is decoded yet."""
-    root = Path(source)
+    root = existing_folder(source)
     if source in PHANTOM_SOURCES:
         return list_phantoms(source), PHANTOM_SOURCES[source]
-    for pattern, list_set, findings in (("Data_Entry_2017*.csv", list_chestxray14, CHESTXRAY14),
-                                        ("valid.csv", list_chexpert, CHEXPERT),
-                                        ("PADCHEST*.csv", list_padchest, PADCHEST)):
-        if csvs := sorted(root.glob(pattern)):
-            newest = csvs[-1]  # ChestX-ray14 was corrected in Data_Entry_2017_v2020.csv
-            with explain(f"{newest} is not the CSV that its authors published; fetch it again"):
-                records = list(list_set(newest))
-            found = [r for r in records if r["path"] and os.path.exists(r["path"])]
-            if not found:
-                raise UserError(f"No image of {newest} is below {root}. Unpack them there")
-            if len(found) < len(records):
-                tell(f"{len(records) - len(found)} images of the CSV are not in {root}: left out")
-            return found, findings
+    csvs = known_csvs(root)
+    records, names = list_csv(*csvs[0]) if csvs else list_class_folders(root.absolute(), classes)
+    for r in records:
+        stat = os.stat(r["path"])
+        r |= {"bytes": stat.st_size, "mtime": stat.st_mtime_ns}
+    return records, names
+
+
+def existing_folder(source):
+    """The folder of a data set, or an error that says what was expected there."""
+    root = Path(source)
+    if source in PHANTOM_SOURCES:
+        if root.is_dir():
+            print_once(f"--data {source}: the built-in images. Write ./{source} for the folder")
+        return root
     for folder in (root, root / "chest_xray"):  # archives hold one folder more, or a copy inside
-        if (folder / "train").is_dir():
-            return list_class_folders(folder, classes)
-    found = ", ".join(sorted(folder.name for folder in root.glob("*/"))[:9])
-    why = f"No folder train in {source}, but {found or 'none'}" if root.exists() \
-        else f"No such folder: {source}"
-    raise UserError(f"{why}. Expected train/CLASS/*.jpeg, test/CLASS/*.jpeg, or a CSV set; python "
-                    f"data.py --download {source} fetches the public images")
+        if known_csvs(folder) or (folder / "train").is_dir():
+            return folder
+    there = ", ".join(sorted(folder.name for folder in root.glob("*/"))[:9]) or "none"
+    why = f"No folder train in {root}, but {there}" if root.exists() else f"No such folder: {root}"
+    raise UserError(f"{why}. Expected train/CLASS/*.jpeg, test/CLASS/*.jpeg, or a CSV set; give "
+                    f"--data where it is now; python data.py --download {root} fetches a set")
 
 
-def record(id, label, folder, path=None, group=None, negative=False):
-    """label: index of the class, or a list of 0, 1 or NaN, one a finding. folder: train or test, as
-    the data set has it; split: where it is used. negative: bright where other images are dark."""
+# ---- class folders -------------------------------------------------------------------------------
+
+def record(id, label, folder, path=None, group=None, negative=False, **more):
+    """label: index of the class, -1 for none, or a list of 0, 1 or NaN, one a finding. kind: the
+    class, whatever becomes of the label. folder: train or test, as the data set has it; split:
+    where it is used. negative: bright where other images are dark."""
     return {"id": id, "label": label, "kind": label if isinstance(label, int) else 0, "path": path,
             "folder": folder, "split": folder, "group": group or id, "negative": negative,
-            "chance": lot(f"wrong {id}")}  # --wrong-labels above this spoils the label
+            "chance": hash_fraction(f"wrong {id}"), **more}  # --wrong-labels above it: a wrong one
 
 
 def list_class_folders(root, classes):
     """Kermany's set as Kaggle or Mendeley ship it, MURA v1.1, or folders like theirs: all images
-    below a class's folder are its images. Test images lie in `test`, or else in `valid` (MURA's).
-    Kaggle's `val` holds 16 images, too few to choose by: they go back to train."""
-    root = root.absolute()
-    test = "test" if (root / "test").is_dir() else "valid"
-    folders = [d for split in ("train", "val", test) for d in (root / split).glob("[!._]*/")]
-    names = sorted({d.name for d in folders}, key=lambda name: (name.upper() != "NORMAL", name))
+    below a class's folder are its images; those of train/UNLABELLED have no label. Test images lie
+    in `test`, or else in `valid` (MURA's). Kaggle's `val` holds 16, too few: they go to train."""
+    there = [split for split in ("train", "val", "test", "valid") if (root / split).is_dir()]
+    used_as = {"train": "train", "val": "train", "test" if "test" in there else "valid": "test"}
+    names = {d.name for split in used_as for d in (root / split).glob("[!._]*/")} - {"UNLABELLED"}
+    names = sorted(names, key=lambda name: (name.upper() != "NORMAL", name))
     three = classes == 3 and names == ["NORMAL", "PNEUMONIA"]
-    records = []
-    for path in sorted(path for folder in folders for path in files_below(folder)):
-        id = path[len(str(root)) + 1 :].replace(os.sep, "/")
-        split, class_name, rest = id.split("/", 2)
-        label = names.index(class_name)
-        if three and label:
+    records, left_out = [], Counter()
+    for path in sorted(path for split in there for path in files_below(root / split, set())):
+        id = path[len(str(root)) + 1 :].replace(os.sep, "/")  # train/NORMAL/IM-0001-0001.jpeg
+        split, class_name, *below = id.split("/")
+        folder, name = used_as.get(split), os.path.basename(path)
+        is_known = class_name in names or class_name == "UNLABELLED" and folder == "train"
+        if not (folder and is_known and IMAGE_FILE.fullmatch(name) and os.path.isfile(path)):
+            if PICTURE_FILE.fullmatch(name) and class_name[0] not in "._":
+                kind = [*id.split("/")[:-1][:2], "*" + os.path.splitext(name)[1].lower()]
+                left_out["/".join(kind)] += 1
+            continue
+        label, rest = names.index(class_name) if class_name in names else -1, "/".join(below)
+        if three and label == 1:
             kind = re.search("bacteria|virus", rest.lower())
             if not kind:
                 raise UserError(f"--classes 3 expects bacteria or virus in names of pneumonia "
                                 f"images, not {path}. Use --classes 2")
             label = 1 + (kind[0] == "virus")
         patient = PATIENT.search(rest)
-        folder = "test" if split == test else "train"
         records.append(record(id, label, folder, path, patient and patient[0]))
-    if nameless := sum(r["group"] == r["id"] for r in records):
-        tell(f"{nameless} of {len(records)} file names tell no patient: each such image counts as "
-             f"a patient of its own (see PATIENT in data.py)")
+    if left_out:
+        print_once(f"left out: {', '.join(f'{n} {kind}' for kind, n in sorted(left_out.items()))}. "
+                   f"Expected JPEG or PNG files below train/CLASS/ and test/CLASS/")
+    if (n := sum(r["id"].startswith("val/") for r in records)) > 16:
+        print_once(f"val/: its {n} images are training images, among which validation is chosen")
+    if n := sum(r["group"] == r["id"] for r in records):
+        print_once(f"{n} of {len(records)} file names tell no patient: each such image counts as a "
+                   f"patient of its own (see PATIENT in data.py)")
     names = [name.removeprefix("XR_") for name in names]
     return records, ["NORMAL", "BACTERIAL", "VIRAL"] if three else names
+
+
+def files_below(folder, visited):
+    """The paths of all files below a folder, links followed, though no folder is visited twice."""
+    visited.add(os.path.realpath(folder))
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if not entry.is_dir():
+            yield entry.path
+        elif os.path.realpath(entry.path) not in visited:
+            yield from files_below(entry.path, visited)
+
+
+# ---- patients and splits -------------------------------------------------------------------------
+
+def hash_fraction(name):
+    """A number in [0, 1) that follows from the name alone, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:6]) / 2**48
+
+
+def carve_validation(records, fraction):
+    """Move whole patients from train to val, until every class has given up its fraction of images.
+    With a child on both sides, validation would reward recognising the child. So images without a
+    label, which cannot validate, are not used where their patient's other images do."""
+    patients = defaultdict(list)
+    for r in records:
+        if r["split"] == "train":
+            patients[r["group"]].append(r)
+    counts = Counter(r["kind"] for rs in patients.values() for r in rs if r["kind"] >= 0)
+    wanted = {kind: max(1, round(fraction * n)) for kind, n in counts.items()} | {-1: 0}
+    for group in sorted(patients, key=hash_fraction):
+        if any(wanted[r["kind"]] > 0 for r in patients[group]):
+            for r in patients[group]:
+                r["split"] = "val" if r["kind"] >= 0 else "unused"
+                wanted[r["kind"]] -= 1
+
+
+def keep_per_class(records, names, per_class, val_fraction):
+    """Leave at most so many images of each class, train and val together; print what is missing."""
+    wanted = {"train": per_class}
+    if all(r["folder"] != "val" for r in records):  # phantoms keep their own validation images
+        wanted["val"] = min(per_class - 1, max(1, round(val_fraction * per_class)))
+        wanted["train"] -= wanted["val"]
+    for r in [r for split, n in wanted.items() for r in surplus(records, split, n)]:
+        r["split"] = "unused"
+    found = Counter(r["kind"] for r in records if r["split"] in wanted)
+    for k, name in enumerate(names):
+        if found[k] < per_class:
+            print_once(f"--per-class {per_class}: only {found[k]} images of {name}")
+
+
+def surplus(records, split, n):
+    """Of every class the images of a split beyond n, in an order that follows from their names."""
+    seen = Counter()
+    for r in sorted(records, key=lambda r: hash_fraction(r["id"])):
+        if r["split"] == split and r["kind"] >= 0:
+            seen[r["kind"]] += 1
+            if seen[r["kind"]] > n:
+                yield r
+
+
+# ---- decoding and cache --------------------------------------------------------------------------
+
+def decode(path, size, negative=False):
+    """One image as (1, size, size) uint8: grey, and squashed to a square so that no lung is cut."""
+    with explain(f"{path} cannot be read. Repair or remove it"), Image.open(path) as image:
+        image.draft("L", (size, size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 if that is enough
+        ImageOps.exif_transpose(image, in_place=True)  # upright, if the file says how
+        if image.mode.startswith("I"):  # 16 bits: 65535 becomes 255
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        grey = image.convert("L").resize((size, size), Image.Resampling.BILINEAR)  # antialiased
+    pixels = torch.from_numpy(np.array(grey))[None]
+    return 255 - pixels if negative else pixels
+
+
+def decode_blocks(records, size):
+    """Yield the images as arrays (up to 512, 1, size, size)."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes without holding Python's lock
+        for start in progress(range(0, len(records), 512), "decoding images, blocks of 512"):
+            images = pool.map(lambda r: decode(r["path"], size, r["negative"]),
+                              records[start : start + 512])
+            yield torch.stack(list(images)).numpy()
+
+
+def cached_array(path, n, blocks):
+    """A tensor of n rows that is computed once, kept in `path` and mapped from there ever after.
+    blocks: a generator of arrays, n rows in all, not started where the file exists. The array may
+    be larger than the memory."""
+    if not path.exists():
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            for i, block in enumerate(blocks):
+                if i == 0:
+                    np.lib.format.write_array_header_1_0(file, {
+                        "descr": block.dtype.str, "fortran_order": False,
+                        "shape": (n, *block.shape[1:])})
+                file.write(np.ascontiguousarray(block))
+    with explain(f"{path} is damaged; delete it, and it is made again"):
+        rows = np.load(path, mmap_mode="c")  # pages of the file are read when rows are
+        assert len(rows) == n and rows.offset + rows.nbytes == path.stat().st_size, "other rows"
+        return torch.from_numpy(rows)
+
+
+# ---- prepare -------------------------------------------------------------------------------------
+
+def prepare(images, device, affines=None):
+    """uint8 images (B, 1, H, W) -> what networks read: (B, 3, H, W) floats, normalised, on device.
+    affines: (B, 2, 3) matrices in relative coordinates: the same ones serve two image sizes.
+    Rows of other arrays, logits and features, are only moved to the device."""
+    if images.dtype != torch.uint8:
+        return images.to(device).float()
+    x = images.to(device, non_blocking=True).float()  # (B, 1, H, W), 0 to 255
+    if affines is not None:
+        # In double precision, because autocast would compute the coordinates with 8 bits.
+        grid = F.affine_grid(affines.to(device).double(), x.shape, align_corners=False)
+        x = F.grid_sample(x, grid.float(), align_corners=False)
+    # Channels are last in memory from the start: convolutions run up to twice as fast on that.
+    shift, scale = normalisation(device, MEAN, STD)
+    return torch.addcmul(shift, x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def normalisation(device, mean, std):
+    """(x / 255 - mean) / std as one product and one sum: shift + x * scale, copied once."""
+    return (-mean / std).to(device), (1 / (255 * std)).to(device)
+
+
+def read_key():
+    """A fingerprint of what prepare makes of every grey: part of the keys of cached logits."""
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    return fingerprint(prepare(ramp, torch.device("cpu")).tolist())
+
+
+def random_affines(n, generator):
+    """(n, 2, 3): a small rotation, zoom and shift an image. No flips: the heart has a side."""
+    angle, zoom, across, down = torch.rand(4, n, generator=generator) * 2 - 1
+    angle, zoom = 0.12 * angle, 1 + 0.08 * zoom  # 7 degrees, 8 percent
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    return torch.stack([cos, -sin, 0.06 * across, sin, cos, 0.06 * down], dim=1).view(n, 2, 3)
 
 
 # ---- the three public sets with several findings an image, by their CSVs -------------------------
@@ -225,53 +377,58 @@ PADCHEST = ["atelectasis", "cardiomegaly", "pleural effusion", "infiltrates", "m
             "pulmonary fibrosis", "pleural thickening", "hiatal hernia"]
 
 
-UNSURE = {"ignore": math.nan, "zero": 0.0, "one": 1.0}  # what --uncertain makes of CheXpert's -1
+def known_csvs(root):
+    """Of each known CSV in a folder: its path, what lists its images, its findings."""
+    sets = (("Data_Entry_2017*.csv", list_chestxray14, CHESTXRAY14),
+            ("valid.csv", list_chexpert, CHEXPERT), ("PADCHEST*.csv", list_padchest, PADCHEST))
+    return [(path, *how) for pattern, *how in sets  # newest first: Data_Entry_2017_v2020.csv
+            for path in sorted(root.glob(pattern), reverse=True)]
 
 
-def read_csv(path):
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file))
-
-
-def files_below(root):
-    """The paths of all images below a folder, links followed, though not in circles."""
-    def fail(error):  # os.walk would leave out a folder that it cannot read
-        raise error
-
-    paths, visited = [], set()
-    for folder, below, files in os.walk(root, followlinks=True, onerror=fail):
-        visited.add(os.path.realpath(folder))
-        below[:] = [d for d in below if os.path.realpath(os.path.join(folder, d)) not in visited]
-        paths += [os.path.join(folder, name) for name in files if IMAGE_FILE.fullmatch(name)]
-    if odd := [path for path in paths if path.encode(errors="replace").decode() != path]:
-        raise UserError(f"{odd[0]!r} is not a file name in UTF-8. Rename it")
-    return paths
+def list_csv(path, list_rows, findings):
+    """A record for every image that a CSV names and that is there."""
+    with explain(f"{path} is not the CSV that its authors published; fetch it again"):
+        records = list(list_rows(path))
+    found = [r for r in records if r["path"] and os.path.isfile(r["path"])]
+    if not found:
+        raise UserError(f"No image of {path} is below {path.parent}. Unpack them there")
+    (id, n), = Counter(r["id"] for r in records).most_common(1)
+    if n > 1:
+        raise UserError(f"{path} has {n} rows of {id}. Expected one an image; fetch it again")
+    if n := len(records) - len(found):
+        print_once(f"{n} images of the CSV are not in {path.parent}: left out")
+    return found, findings
 
 
 def files_by_name(root):
-    paths = files_below(root)
+    paths = [p for p in files_below(root, set()) if IMAGE_FILE.fullmatch(os.path.basename(p))]
     by_name = {os.path.basename(path): path for path in paths}
     if len(by_name) < len(paths):
-        raise UserError(f"Two images below {root} have the same name, which the CSV cannot tell "
-                        f"apart: keep one folder of images there")
+        raise UserError(f"Two images below {root} have the same name: keep one folder of images")
     return by_name
 
 
 def list_chestxray14(path):
-    """ChestX-ray14: findings separated by |; test_list.txt names the test images."""
+    """ChestX-ray14: findings separated by |. Its authors' lists name each image once: if they did
+    not, a list cut off would move test images into training."""
     paths = files_by_name(path.parent)
-    test = set((path.parent / "test_list.txt").read_text().split())
+    with explain(f"test_list.txt and train_val_list.txt are expected beside {path}; fetch both"):
+        train, test = ((path.parent / f"{name}_list.txt").read_text().split()
+                       for name in ("train_val", "test"))
+    splits = dict.fromkeys(train, "train") | dict.fromkeys(test, "test")
     for row in read_csv(path):
         id, found = row["Image Index"], row["Finding Labels"].split("|")
         assert row["Patient ID"] and {*found} <= {*CHESTXRAY14, "No Finding"}, row
-        yield record(id, [float(name in found) for name in CHESTXRAY14],
-                     "test" if id in test else "train", paths.get(id), row["Patient ID"])
+        if id not in splits:
+            raise UserError(f"{id} is in neither of the two lists beside {path}. Fetch both again")
+        yield record(id, [float(name in found) for name in CHESTXRAY14], splits[id], paths.get(id),
+                     row["Patient ID"])
 
 
 def list_chexpert(path):
-    """CheXpert: a column a finding, 1.0, 0.0, -1.0 (uncertain) or empty (not mentioned: 0). Side
-    views are left out. Its published validation set, valid.csv, is our test set."""
-    values = {"": 0.0, "0.0": 0.0, "1.0": 1.0, "-1.0": -1.0}
+    """CheXpert: a column a finding, 1.0, 0.0, -1.0 (uncertain: unknown) or empty (not mentioned:
+    0). Side views are left out. Its published validation set, valid.csv, is our test set."""
+    values = {"": 0.0, "0.0": 0.0, "1.0": 1.0, "-1.0": math.nan}
     for name, split in (("train.csv", "train"), ("valid.csv", "test")):
         for row in read_csv(path.with_name(name)):
             if row["Frontal/Lateral"] == "Frontal":
@@ -286,152 +443,15 @@ def list_padchest(path):
     a tenth of the patients, chosen by name, is held back."""
     paths = files_by_name(path.parent)
     for row in read_csv(path):
+        id, patient = row["ImageID"], row["PatientID"]
         words = ast.literal_eval(row["Labels"] or "[]")
-        assert isinstance(words, list), row
+        assert patient and isinstance(words, list), f"{id}, PatientID {patient}, Labels {words}"
         found = [word.strip() for word in words if word]
         frontal = row["Projection"] in ("PA", "AP", "AP_horizontal")
         if frontal and found and "exclude" not in found:
-            id, patient = row["ImageID"], row["PatientID"]
-            yield record(id, [float(name in found) for name in PADCHEST],
-                         "test" if lot(f"test {patient}") < 0.1 else "train", paths.get(id),
+            split = "test" if hash_fraction(f"test {patient}") < 0.1 else "train"
+            yield record(id, [float(name in found) for name in PADCHEST], split, paths.get(id),
                          patient, row["PhotometricInterpretation_DICOM"] == "MONOCHROME1")
-
-
-# ---- which image is used for what ----------------------------------------------------------------
-
-
-def lot(name):
-    """A number in [0, 1) that follows from the name alone, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:6]) / 2**48
-
-
-def carve_validation(records, fraction):
-    """Move whole patients from train to val, until every class has given up its fraction of images.
-    With a child on both sides, validation would reward recognising the child.
-    """
-    train, patients = [r for r in records if r["split"] == "train"], defaultdict(list)
-    for r in train:
-        patients[r["group"]].append(r)
-    counts = Counter(r["kind"] for r in train)
-    wanted = {kind: max(1, round(fraction * n)) for kind, n in counts.items()}
-    for group in sorted(patients, key=lot):
-        if any(wanted[r["kind"]] > 0 for r in patients[group]):
-            for r in patients[group]:
-                r["split"] = "val"
-                wanted[r["kind"]] -= 1
-
-
-def keep_per_class(records, counts, names):
-    """Leave at most counts[split] images of each class in a split; print what is missing."""
-    for k, name in enumerate(names):
-        found = 0
-        for split, n in counts.items():
-            same = [r for r in records if (r["split"], r["kind"]) == (split, k)]
-            for r in sorted(same, key=lambda r: lot(r["id"]))[n:]:
-                r["split"] = "unused"
-            found += min(n, len(same))
-        if found < sum(counts.values()):
-            tell(f"--per-class {sum(counts.values())}: only {found} images of {name}")
-
-
-def hide_labels(records, n, n_classes, unlabelled):
-    """Leave n training images of each class their label, chosen by name as keep_per_class does; of
-    images with several findings n times as many as there are findings."""
-    seen, train = Counter(), [r for r in records if r["split"] == "train"]
-    for r in sorted(train, key=lambda r: lot(r["id"])):
-        several = isinstance(r["label"], list)
-        seen[r["kind"]] += 1
-        if seen[r["kind"]] > n * (n_classes if several else 1):
-            r["label"] = [math.nan] * n_classes if several else -1
-            r["split"] = "train" if unlabelled else "unused"
-
-
-# ---- pixels: decoded once, kept as one table -----------------------------------------------------
-
-
-def decode(path, size, negative=False):
-    """One image as (1, size, size) uint8: grey, and squashed to a square so that no lung is cut."""
-    with Image.open(path) as image:
-        image.draft("L", (size, size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 if that is enough
-        if image.mode.startswith("I"):  # 16 bits: 65535 becomes 255
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        grey = image.convert("L").resize((size, size), Image.Resampling.BILINEAR)  # antialiased
-    pixels = torch.from_numpy(np.array(grey))[None]
-    return 255 - pixels if negative else pixels
-
-
-def decode_blocks(records, size):
-    """Yield the images as arrays (up to 512, 1, size, size); name the files that are unreadable."""
-    bad, dark = [], 0
-
-    def pixels(r):
-        try:
-            return decode(r["path"], size, r["negative"]).numpy()
-        except Exception as error:  # a damaged file can raise nearly anything
-            bad.append(f"{r['path']} ({one_line(error)})")
-            return np.zeros((1, size, size), np.uint8)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes without holding Python's lock
-        for start in progress(range(0, len(records), 512), "decoding images, blocks of 512"):
-            block = np.stack(list(pool.map(pixels, records[start : start + 512])))
-            dark += int((block.max((1, 2, 3)) < 16).sum())
-            yield block
-    if bad:
-        raise UserError(f"{len(bad)} of {len(records)} images cannot be read. "
-                        f"Repair or remove them: {'; '.join(sorted(bad))}")
-    if dark:
-        tell(f"{dark} of {len(records)} images are nearly black: no pixel is above 15 of 255. "
-             f"Files of 16 bits that use only 12 must be multiplied by 16 first")
-
-
-def table(path, n, blocks):
-    """A tensor of n rows that is computed once, kept in `path` and mapped from there ever after.
-    blocks: a generator of arrays, n rows in all, not started where the file exists. A table may be
-    larger than the memory.
-    """
-    if not path.exists():
-        with atomic(path) as temporary, open(temporary, "wb") as file:
-            for i, block in enumerate(blocks):
-                if i == 0:
-                    np.lib.format.write_array_header_1_0(file, {
-                        "descr": block.dtype.str, "fortran_order": False,
-                        "shape": (n, *block.shape[1:])})
-                file.write(np.ascontiguousarray(block))
-    with explain(f"{path} is damaged; delete it, and it is made again"):
-        rows = np.load(path, mmap_mode="c")  # pages of the file are read when rows are
-        assert len(rows) == n and rows.offset + rows.nbytes == path.stat().st_size, "other rows"
-        return torch.from_numpy(rows)
-
-
-def prepare(images, device, theta=None):
-    """uint8 images (B, 1, H, W) -> what networks read: (B, 3, H, W) floats, normalised, on device.
-    theta: (B, 2, 3) affine matrices in relative coordinates: the same ones serve two image sizes.
-    Rows of other tables, logits and features, are only moved to the device.
-    """
-    if images.dtype != torch.uint8:
-        return images.to(device).float()
-    x = images.to(device, non_blocking=True).float()  # (B, 1, H, W), 0 to 255
-    if theta is not None:
-        # In double precision, because autocast would compute the coordinates with 8 bits.
-        grid = F.affine_grid(theta.to(device).double(), x.shape, align_corners=False)
-        x = F.grid_sample(x, grid.float(), align_corners=False)
-    # Channels are last in memory from the start: convolutions run up to twice as fast on that.
-    shift, scale = normalisation(device)
-    return torch.addcmul(shift, x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
-
-
-@functools.cache
-def normalisation(device):
-    """(x / 255 - MEAN) / STD as one product and one sum: shift + x * scale, copied once."""
-    return (-MEAN / STD).to(device), (1 / (255 * STD)).to(device)
-
-
-def random_affines(n, generator):
-    """(n, 2, 3): a small rotation, zoom and shift an image. No flips: the heart has a side."""
-    angle, zoom, across, down = torch.rand(4, n, generator=generator) * 2 - 1
-    angle, zoom = 0.12 * angle, 1 + 0.08 * zoom  # 7 degrees, 8 percent
-    cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    return torch.stack([cos, -sin, 0.06 * across, sin, cos, 0.06 * down], dim=1).view(n, 2, 3)
 
 
 # ---- phantoms: chest X-rays drawn here -----------------------------------------------------------
@@ -443,8 +463,7 @@ PHANTOMS = {"train": (640, 11), "val": (160, 12), "test": (600, 16)}  # images, 
 
 def phantoms(n, size, seed):
     """n drawn chest X-rays: images (n, 1, size, size) uint8, labels (n,), masks (n, size, size).
-    Half show pneumonia: one to three hazy opacities in the lungs, where the mask is True.
-    """
+    Half show pneumonia: one to three hazy opacities in the lungs, where the mask is True."""
     labels = torch.arange(n) % 2
     images, masks, _ = draw(n, size, seed, labels[:, None].float())
     return images, labels, masks
@@ -453,21 +472,20 @@ def phantoms(n, size, seed):
 def list_phantoms(source):
     records = []
     for split, (n, seed) in PHANTOMS.items():
-        labels = (torch.arange(n) % 2).tolist()
+        shows = (torch.arange(n) % 2).tolist()
         if source == "findings":  # independent of each other
             g = torch.Generator().manual_seed(2000 + seed)
-            labels = (torch.rand(n, 3, generator=g) < 0.4).float().tolist()
+            shows = (torch.rand(n, 3, generator=g) < 0.4).float().tolist()
         chances = torch.rand(n, generator=torch.Generator().manual_seed(1000 + seed)).tolist()
-        records += [record(f"phantom-{split}-{i}", labels[i], split) | {"chance": chances[i]}
-                    for i in range(n)]
+        records += [record(f"phantom-{split}-{i}", shows[i], split, shows=shows[i], bytes=seed,
+                           mtime=0, chance=chances[i]) for i in range(n)]  # no file but a seed
     return records
 
 
-def draw_blocks(source, split, size):
+def draw_blocks(records, size):
     """Yield one array (n, 2, size, size): the phantoms of a split, and 255 on their opacities."""
-    n, seed = PHANTOMS[split]
-    truth = [r["label"] for r in list_phantoms(source) if r["split"] == split]
-    images, masks, _ = draw(n, size, seed, torch.tensor(truth).float().view(n, -1))
+    shows = torch.tensor([r["shows"] for r in records]).float().view(len(records), -1)
+    images, masks, _ = draw(len(records), size, records[0]["bytes"], shows)
     yield torch.cat([images, 255 * masks[:, None].to(torch.uint8)], 1).numpy()
 
 
@@ -537,40 +555,83 @@ def draw_chest(chest, size):
     return (255 * image.clamp(0, 1)).to(torch.uint8), mask, lungs > 0.5
 
 
-# ---- small things that all scripts share ---------------------------------------------------------
+# ---- audit and download --------------------------------------------------------------------------
+
+def audit(source, classes=None):
+    """Count images and patients; say what would make a result on them less than it seems."""
+    records, names = list_images(source, classes)
+    patients = defaultdict(list)  # (split, column): the patient of each image
+    for r in records:
+        for k, name in [*enumerate(names), (-1, "UNLABELLED")]:
+            if r["label"] == k or isinstance(r["label"], list) and k >= 0 and r["label"][k] == 1:
+                patients[r["split"], name].append(r["group"])
+        patients[r["split"], "all"].append(r["group"])
+    columns = [*names, *["UNLABELLED"] * (("train", "UNLABELLED") in patients), "all"]
+    rows = [[split, *(f"{len(patients[split, c])} ({len({*patients[split, c]})})" for c in columns)]
+            for split in ("train", "val", "test") if (split, "all") in patients]
+    print("\n".join(aligned(["images (patients)", *columns], rows)), end="\n\n")
+    for split in ("train", "test"):
+        if missing := [name for name in names if not patients[split, name]]:
+            print(f"no {split} images of {', '.join(missing)}")
+    shared = {*patients["train", "all"]} & {*patients["test", "all"]}
+    print(f"patients in both train and test: {len(shared)}")
+
+
+def download(folder, url, sha256):
+    """Fetch, check, unpack. A file with another hash is never unpacked."""
+    folder = Path(folder).resolve()
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty. Choose a new folder to unpack into")
+    archive, unpacked = (folder.with_name(folder.name + end) for end in (".zip", ".unpacking"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with explain(f"{url} could not be fetched and unpacked; run the command again"):
+        torch.hub.download_url_to_file(url, str(archive), hash_prefix=sha256)
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(unpacked)  # which strips absolute paths and .. from names
+    os.replace(unpacked, folder)
+    archive.unlink()
+    print(f"unpacked to {folder}; now  python data.py {folder}")
+
+
+# ---- small helpers that all scripts share --------------------------------------------------------
+
+# What reading a damaged or foreign file raises; a NameError or an ImportError is a mistake of ours.
+DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+          AssertionError, SyntaxError, OverflowError, csv.Error, pickle.UnpicklingError,
+          tokenize.TokenError, zipfile.BadZipFile, HTTPException, Image.DecompressionBombError)
 
 
 @functools.cache
-def tell(text):
+def print_once(text):
     """Print a text once a process: load(), called again at a teacher's size, would repeat it."""
     print(text)
 
 
-def run(main):
+def cli(main):
     """Call a script's main: a user's mistake is one line and exit code 1, ours a traceback."""
     try:
         main()
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:  # a CPU's has no type of its own
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                or "DefaultCPUAllocator" in str(error)):
+            raise
         sys.exit("error: out of memory. Lower --batch-size or --size")
     except KeyboardInterrupt:
-        sys.exit("stopped; train.py goes on from the epoch it saved last, at most 20 s ago")
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:150] or type(error).__name__
+        sys.exit("stopped; train.py goes on from the epoch it saved last")
 
 
 @contextmanager
 def explain(sentence):
-    """Make one UserError of whatever a damaged or foreign file raises inside the block."""
+    """Make one UserError of what a damaged or foreign file raises inside the block."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"{sentence} ({type(error).__name__}: {one_line(error)})") from None
+    except DAMAGE as error:
+        text = " ".join(str(error).split())[:150] or "no more is known"
+        raise UserError(f"{sentence} ({type(error).__name__}: {text})") from error
 
 
 @contextmanager
@@ -584,6 +645,30 @@ def atomic(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def progress(items, text, total=None, sums=None):
+    """Pass `items` on; say on one line of a terminal, elsewhere once a minute, how far they are.
+    sums: running sums on a device, of the losses of images first, and last of the images."""
+    total = len(items) if total is None else total
+    start, terminal = time.perf_counter(), sys.stdout.isatty()
+    shown = start - 1 if terminal else start
+    try:
+        for done, item in enumerate(items):
+            now = time.perf_counter()
+            if now - shown > (0.5 if terminal else 60):
+                line, shown = f"{text}  {done}/{total}", now
+                if done and sums is not None:
+                    loss, *_, n = sums.tolist()
+                    line += f"  loss {loss / n:.2f}  {n / (now - start):.0f} images/s"
+                if done:
+                    minutes, seconds = divmod(round((now - start) / done * (total - done)), 60)
+                    line += f"  {minutes}:{seconds:02} left"
+                print(f"\r\033[K{line}" if terminal else f"{line}\n", end="", flush=True)
+            yield item
+    finally:
+        if terminal:
+            print("\r\033[K", end="", flush=True)
 
 
 def mean(value):
@@ -604,11 +689,23 @@ def aligned(header, rows):
     return text
 
 
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise UserError(f"{path} is empty. Expected a header and rows; fetch or make it again")
+    return rows
+
+
 def write_csv(path, header, rows):
     with atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+def write_json(path, content):
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # JSON has no NaN
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
 
 
 def write_picture(path, image):
@@ -617,31 +714,16 @@ def write_picture(path, image):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
 
 
+def outline(images, masks):
+    """images (N, 3, H, W) with an orange line around each mask (N, H, W)."""
+    inside = masks[:, None].float()
+    rim = F.max_pool2d(inside, 3, 1, 1) > inside  # pixels that touch a mask from outside
+    return images.where(~rim, torch.tensor([255, 90, 0], dtype=torch.uint8).view(3, 1, 1))
+
+
 def fingerprint(*facts):
     """16 hex digits that change when any of the facts does."""
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The script's docstring as it was typed, then every flag with its default."""
-
-
-def usable_device(name):
-    """An argparse type: the name, if torch can use that device."""
-    with explain("this machine has no such device"):
-        torch.empty(0, device=name)
-    return name
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: a number from low to high."""
-    def parse(text):
-        if not low <= kind(text) <= min(high, 1e12):  # no NaN, no infinity
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} to {high:g}")
-        return kind(text)
-
-    parse.__name__ = kind.__name__  # for argparse's own message about abc
-    return parse
 
 
 def origin(device):
@@ -654,114 +736,37 @@ def origin(device):
             "device": cpu if "cuda" not in str(device) else torch.cuda.get_device_name(device)}
 
 
-def progress(items, text):
-    """Pass `items` on, with a line on a terminal that says how far it is."""
-    start = time.perf_counter()
-    for done, item in enumerate(items):
-        show_progress(text, done, len(items), start)
-        yield item
-    show_progress(text)
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it was typed, then every flag with its default."""
 
 
-def show_progress(text, done=0, total=0, start=0.0, more=""):
-    """`text  12/40  0:21 left` on one line of a terminal; without a total, the line is wiped."""
-    if sys.stdout.isatty():
-        left = (time.perf_counter() - start) / max(done, 1) * (total - done)
-        line = f"{text}  {done}/{total}  {more}{left // 60:.0f}:{left % 60:02.0f} left"
-        print(f"\r\033[K{line if total else ''}", end="", flush=True)
+def usable_device(name):
+    """An argparse type: the name, if it is a CPU or a GPU that torch can use here."""
+    try:
+        torch.empty(0, device=name)
+        assert torch.device(name).type in ("cpu", "cuda"), "no other kind is tested"
+    except (RuntimeError, AssertionError) as error:
+        why = f"{name!r} is no device of this machine. Expected cpu, cuda or cuda:N ({error})"
+        raise argparse.ArgumentTypeError(" ".join(why.split())[:250]) from error
+    return name
 
 
-# ---- the command line: count, audit, download ----------------------------------------------------
-
-
-def audit(source, classes=None):
-    """Counts, and whatever would make a result on these images less than it seems."""
-    records, names = list_images(source, classes)
-    patients = defaultdict(list)  # (split, class): the patient of each image
-    for r in records:
-        patients[r["split"], "all"].append(r["group"])
-        for k, name in enumerate(names):
-            if r["label"] == k or isinstance(r["label"], list) and r["label"][k] == 1:
-                patients[r["split"], name].append(r["group"])
-    rows, header = [], ["images (patients)", *names, "all"]
-    for split in ("train", "val", "test"):
-        if patients[split, "all"]:
-            cells = [patients[split, name] for name in header[1:]]
-            rows.append([split, *(f"{len(cell)} ({len(set(cell))})" for cell in cells)])
-    print("\n".join(aligned(header, rows)))
-    shared = {*patients["train", "all"]} & {*patients["test", "all"]}
-    print(f"\npatients in both train and test: {len(shared)}")
-    if source in PHANTOM_SOURCES:
-        return
-    bad, splits = [], defaultdict(list)  # the splits in which a content occurs
-    for r in progress(records, "reading images"):
-        try:
-            splits[hashlib.sha256(Path(r["path"]).read_bytes()).digest()].append(r["split"])
-            decode(r["path"], 8)
-        except Exception as error:
-            bad.append(f"\n  {r['path']} ({one_line(error)})")
-    copies = sum(len(where) for where in splits.values()) - len(splits)
-    print(f"unreadable files: {len(bad)}{''.join(bad)}\n"
-          f"exact copies of another image: {copies}, of them across train and "
-          f"test: {sum(len(set(where)) > 1 for where in splits.values())}")
-
-
-def show_phantoms(path, n=6, size=224):
-    """A picture of phantoms: a row of normal ones, a row with opacities, and those outlined."""
-    images, labels, masks = phantoms(2 * n, size, PHANTOMS["test"][1])
-    normal, opaque = (images[labels == k].repeat(1, 3, 1, 1) for k in (0, 1))
-    rows = torch.cat([normal, opaque, outline(opaque, masks[labels == 1])])
-    write_picture(path, make_grid(rows, nrow=n, padding=3))
-    print(f"{path}: normal phantoms, phantoms with opacities, and where these are")
-
-
-def outline(images, masks):
-    """images (N, 3, H, W) with an orange line around each mask (N, H, W)."""
-    inside = masks[:, None].float()
-    rim = F.max_pool2d(inside, 3, 1, 1) > inside  # pixels that touch a mask from outside
-    return images.where(~rim, torch.tensor([255, 90, 0], dtype=torch.uint8).view(3, 1, 1))
-
-
-def download(folder, url, sha256):
-    """Fetch, check, unpack. A file with another hash is never unpacked."""
-    folder = Path(folder).resolve()
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty. Choose a new folder to unpack into")
-    archive, unpacked = (folder.with_name(folder.name + end) for end in (".zip", ".unpacking"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with explain(f"{url} could not be fetched and unpacked; run the command again"):
-        torch.hub.download_url_to_file(url, str(archive), hash_prefix=sha256)
-        with zipfile.ZipFile(archive) as file:
-            file.extractall(unpacked)  # which strips absolute paths and .. from names
-    os.replace(unpacked, folder)
-    archive.unlink()
-    print(f"unpacked to {folder}; now  python data.py {folder}")
-
-
-def get_args(argv=None):
-    p = argparse.ArgumentParser(usage="python data.py [DIR] [FLAGS]", description=__doc__,
-                                formatter_class=Help, allow_abbrev=False)
-    g = p.add_argument_group("what do I have")
-    g.add_argument("source", nargs="?", metavar="DIR", help="a folder to audit, or phantoms")
-    g.add_argument("--classes", type=int, choices=[2, 3], help="3: normal, bacterial, viral")
-    g.add_argument("--phantoms", metavar="FILE.png", help="draw some of the built-in images")
-    g = p.add_argument_group("where do I get the public images")
-    g.add_argument("--download", metavar="DIR", help="fetch them into this new folder")
-    args = p.parse_args(argv)
-    if sum(map(bool, (args.source, args.download, args.phantoms))) != 1:
-        p.error("give one of: a folder to audit, --download and a folder, --phantoms and a picture")
-    return args
-
+# ---- the command line ----------------------------------------------------------------------------
 
 def main(argv=None):
-    args = get_args(argv)
+    p = argparse.ArgumentParser(usage="python data.py [DIR] [FLAGS]", description=__doc__,
+                                formatter_class=Help, allow_abbrev=False)
+    p.add_argument("source", nargs="?", metavar="DIR", help="a folder to audit, or phantoms")
+    p.add_argument("--classes", type=int, choices=[2, 3], help="3: normal, bacterial, viral")
+    p.add_argument("--download", metavar="DIR", help="fetch the public images into this new folder")
+    args = p.parse_args(argv)
+    if bool(args.source) == bool(args.download):
+        p.error("give a folder to audit, or --download and a new folder")
     if args.download:
         download(args.download, URL, SHA256)
-    elif args.phantoms:
-        show_phantoms(args.phantoms)
     else:
         audit(args.source, args.classes)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

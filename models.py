@@ -2,15 +2,16 @@
 
     model = build("alexnet", num_classes=2, size=224, weights="imagenet")
     logits, aux = forward(model, images)         aux: auxiliary heads' logits, a list, mostly empty
-    learner = freeze(model, "fc")                the part that learns; the rest is frozen
+    trainable = freeze(model, "fc")              the part whose weights change; the rest is frozen
     save_checkpoint(path, model, **facts)        and back: model, facts = load_checkpoint(path)
+
+In this order: a network with a new head, and what of it learns; checkpoints; first weights from
+elsewhere; SE-ResNets, noise residuals and cost; Grad-CAM.
 """
 
-import argparse
-import difflib
 import hashlib
 import io
-import math
+import os
 import re
 from pathlib import Path
 
@@ -24,9 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import SqueezeExcitation
 
-from data import MEAN, STD, UserError, atomic, explain, mean
+from data import MEAN, STD, UserError, atomic, explain, fingerprint, mean, prepare
 
-FORMAT = 3  # of a checkpoint: raise it when its facts change, so that old ones are refused
+# torchvision unpickles the weights that it fetches, which runs whatever code a planted file holds.
+# With this switch torch.load reads plain tensors alone, whoever calls it.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
+FORMAT = 4  # of a checkpoint: raise it when its facts change, so that old ones are refused
 
 # Auxiliary heads (more classifiers half-way up, for training only) are left out for small images:
 # InceptionV3's 5x5 window does not fit below 299 pixels; GoogLeNet's pool to 4x4 at 1/16.
@@ -34,69 +39,8 @@ AUX_MIN_SIZE = {"inception_v3": 299, "googlenet": 64}
 AUX_WEIGHT = {"inception_v3": 0.4, "googlenet": 0.3}  # in the loss, from the networks' own papers
 AUX_NAMES = ("AuxLogits", "aux1", "aux2")  # with which the names of their layers begin
 
-SE_RESNETS = {"seresnet50": [3, 4, 6, 3], "seresnet101": [3, 4, 23, 3]}  # blocks a stage
-
-
-class SEBottleneck(Bottleneck):
-    """ResNet's block, each of its channels then weighed by what the block saw in the whole image
-    (squeeze and excitation, Hu et al. 2018). torchvision has the layer, but no such ResNet."""
-
-    def __init__(self, inplanes, planes, *args, **kwargs):
-        super().__init__(inplanes, planes, *args, **kwargs)
-        width = planes * self.expansion
-        self.se = SqueezeExcitation(width, width // 16)
-
-    def forward(self, x):
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        return self.relu(self.se(self.bn3(self.conv3(x))) + shortcut)
-
 
 # ---- a network with a new head -------------------------------------------------------------------
-
-
-def architectures():
-    return [*SE_RESNETS, *torchvision.models.list_models(module=torchvision.models)]
-
-
-def known_arch(arch):
-    """An argparse type: the name of a network that `build` knows, or an error with the nearest."""
-    names = architectures()
-    if arch not in names:
-        near = difflib.get_close_matches(arch, names, n=4, cutoff=0.3)
-        raise argparse.ArgumentTypeError(f"no network is called {arch}; near are {', '.join(near)}")
-    return arch
-
-
-def bare_network(arch, aux):
-    """The network as its authors made it: 1000 outputs, random weights."""
-    if arch in SE_RESNETS:
-        return ResNet(SEBottleneck, SE_RESNETS[arch])
-    # init_weights=False: torchvision's own initialisation of these two takes seconds, and they
-    # learned far more slowly with it than with torch's default, at the same learning rate.
-    options = {"aux_logits": aux, "init_weights": False} if arch in AUX_MIN_SIZE else {}
-    model = torchvision.models.get_model(arch, weights=None, **options)
-    for layer in model.modules() if arch.startswith("mnasnet") else []:
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 0.1  # its 0.0003, meant for ImageNet's long epochs, hardly moves here
-    return model
-
-
-def heads(model):
-    """Names of the layers with 1000 outputs: the auxiliary heads, and last the classifier, which
-    torchvision calls fc, classifier.6 or heads.head; SqueezeNet's is a 1x1 convolution."""
-    return [name for name, layer in model.named_modules()
-            if isinstance(layer, (nn.Linear, nn.Conv2d)) and len(layer.weight) == 1000]
-
-
-def replace_heads(model, num_classes):
-    for name in heads(model):
-        old = model.get_submodule(name)
-        new = (nn.Linear(old.in_features, num_classes) if isinstance(old, nn.Linear)
-               else nn.Conv2d(old.in_channels, num_classes, old.kernel_size))
-        model.set_submodule(name, new)
-        model.head_name = name  # in the end the classifier's, which no longer has 1000 outputs
 
 
 def build(arch, num_classes, size=None, weights="none", reads="image"):
@@ -107,55 +51,148 @@ def build(arch, num_classes, size=None, weights="none", reads="image"):
     reads: the image, or its noise residuals ("residual").
     """
     aux = arch in AUX_MIN_SIZE and (size is None or size >= AUX_MIN_SIZE[arch])
-    model, seen_groups, sha256 = bare_network(arch, aux), [], None
-    model.transform_input = False
-    if weights != "none":
-        path = weights_file(arch, weights)
-        content = read_weights(path)
-        with explain(f"{path} does not hold the weights of {arch}; give a file of this --arch"):
-            load_body(model, content["model"], arch)
-            facts, sha256 = content.get("facts", {}), content["sha256"]
-            # ImageNet's Inception and GoogLeNet learned on (x - 0.5) / 0.5, not on ImageNet's mean
-            # and deviation: with this flag, which no state_dict holds, they convert their input.
-            model.transform_input = facts.get("transform_input", arch in AUX_MIN_SIZE)
-            seen_groups = list(facts.get("seen_groups", []))
-            if facts.get("input", reads) != reads:
-                raise UserError(f"{path} reads the --input {facts['input']}: add that flag")
+    model = bare_network(arch, aux)
     replace_heads(model, num_classes)
+    model.transform_input = False
+    model.facts = {"arch": arch, "num_classes": num_classes, "size": size, "aux": aux,
+                   "input": reads, "first_weights": None, "from_run": False, "body_loaded": False,
+                   "seen_groups": []}  # the patients that its weights have learned from
+    if weights != "none":
+        load_first_weights(model, weights)
+    model.facts["transform_input"] = model.transform_input
     if size is not None:
         why = f"{arch} cannot take images of {size} x {size} pixels; choose another --size"
         with torch.no_grad(), explain(why):
             model.eval()(torch.zeros(1, 3, size, size))
-    model.facts = {"arch": arch, "num_classes": num_classes, "size": size, "aux": aux,
-                   "input": reads, "transform_input": model.transform_input,
-                   "first_weights": sha256,  # of the file they were read from
-                   "seen_groups": seen_groups}  # the patients that its weights have learned from
     return model.train()
 
 
-# ---- weights from elsewhere ----------------------------------------------------------------------
+def bare_network(arch, aux):
+    """The network as its authors made it: 1000 outputs, random weights."""
+    if arch in NETWORKS:
+        return NETWORKS[arch]()
+    if arch not in torchvision.models.list_models(module=torchvision.models):
+        raise UserError(f"no network is called {arch}. Give a classifier of torchvision, such as "
+                        f"resnet18, or one of models.NETWORKS: {', '.join(NETWORKS)}")
+    # init_weights=False: torchvision's own initialisation of these two takes seconds, and they
+    # learned far more slowly with it than with torch's default, at the same learning rate.
+    options = {"aux_logits": aux, "init_weights": False} if arch in AUX_MIN_SIZE else {}
+    model = torchvision.models.get_model(arch, weights=None, **options)
+    for layer in model.modules() if arch.startswith("mnasnet") else []:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.1  # its 0.0003, meant for ImageNet's long epochs, hardly moves here
+    return model
 
 
-def weights_file(arch, weights):
-    """The path behind --weights; torchvision's ImageNet weights are downloaded if need be.
+def replace_heads(model, num_classes):
+    """Exchange the layers with 1000 outputs: the auxiliary heads, and last the classifier, which
+    torchvision calls fc, classifier.6 or heads.head; SqueezeNet's is a 1x1 convolution."""
+    model.head_names = [name for name, layer in model.named_modules()
+                        if isinstance(layer, (nn.Linear, nn.Conv2d)) and len(layer.weight) == 1000]
+    if not model.head_names:
+        raise UserError(f"{type(model).__name__} has no layer with 1000 outputs to be replaced by "
+                        f"a new head. Build it with 1000 classes")
+    for name in model.head_names:
+        old = model.get_submodule(name)
+        new = (nn.Linear(old.in_features, num_classes) if isinstance(old, nn.Linear)
+               else nn.Conv2d(old.in_channels, num_classes, old.kernel_size))
+        model.set_submodule(name, new)
 
-    Their hash is checked every time: torchvision does so only while downloading.
+
+def forward(model, images):
+    """logits (B, C), and a list of the auxiliary heads' logits (empty in eval mode, and mostly)."""
+    out = model(as_read(model, images))
+    if isinstance(out, torch.Tensor):
+        return out.flatten(1), []  # flatten: SqueezeNet ends in 1x1 maps
+    return out[0], [aux for aux in out[1:] if aux is not None]
+
+
+def freeze(model, finetune):
+    """Returns the trainable part, a submodule of the model: "all" of it, the "fc" block around the
+    head (three layers in AlexNet and VGG, the head itself in most), or the new "head" alone.
+
+    The rest is put in eval mode: even without gradients BatchNorm would move its averages, and
+    dropout would drop.
     """
-    if weights != "imagenet":
-        return existing_file(weights)
-    with explain(f"torchvision has no ImageNet weights of {arch}; use --weights none or a file"):
-        kinds = torchvision.models.get_model_weights(arch.removeprefix("se"))  # SE: a ResNet's
-        url = getattr(kinds, "IMAGENET1K_V1", kinds.DEFAULT).url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    prefix = path.stem.rsplit("-", 1)[1]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with explain(f"{url} could not be fetched. Put that file at {path}, or start from random "
-                     f"weights: --weights none --finetune all"):
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix)
-    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(prefix):
-        raise UserError(f"{path} is damaged: its SHA-256 does not begin with {prefix}. Delete it")
-    return path
+    if finetune == "all":
+        return model
+    head = model.get_submodule(model.head_names[-1])
+    block = model.get_submodule(model.head_names[-1].split(".")[0])
+    # In SqueezeNet pooling follows the head: then the block is what learns, also with "head".
+    takes_block = isinstance(block, nn.Sequential) and (finetune == "fc" or block[-1] is not head)
+    model.requires_grad_(False).eval()
+    return (block if takes_block else head).requires_grad_(True)
+
+
+def initialise_anew(trainable):
+    """Random weights for the fully connected layers, as arXiv 2406.08837 has it in AlexNet."""
+    for layer in trainable.modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+
+
+@torch.no_grad()
+def features(model, trainable, images):
+    """The input of the trainable part when the model reads the images."""
+    caught = []
+    with trainable.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0])):
+        forward(model, images)  # the trainable part runs too: little beside the rest
+    return caught[0]
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+# What train.py adds to a network's own facts, and the flags that evaluate.py reads.
+RUN_FACTS = {"args", "classes", "multilabel", "made", "seen_groups", "provenance", "taught_by",
+             "epoch", "train_accuracy", "validation"}
+RUN_FLAGS = {"role", "arch", "data", "T", "alpha", "seed", "epochs", "stop_at", "label_smoothing",
+             "per_class", "labels_per_class", "classes", "val_fraction", "wrong_labels"}
+
+
+def save_checkpoint(path, model, weights=True, **facts):
+    """Weights, and whatever is needed to rebuild the network and to judge it: plain values only."""
+    content = {"format": FORMAT, "model": model.state_dict() if weights else {},
+               "facts": {**model.facts, **facts}}
+    with (explain(f"{path} could not be written; make room, and repeat the command"),
+          atomic(path) as temporary, open(temporary, "wb") as file):
+        torch.save(content, file)  # given a name, it would write that name into the file
+
+
+def load_checkpoint(path):
+    """model, facts: the network rebuilt from its own facts, in eval mode and without gradients."""
+    content = read_weights(path)
+    with explain(f"{path} is not a checkpoint of this project"):
+        if content["format"] != FORMAT:
+            raise UserError(f"{path} has format {content['format']}, this code reads {FORMAT}. "
+                            f"Train it again, or use the code that wrote it")
+        facts = {**content["facts"], "sha256": content["sha256"]}
+        model = bare_network(facts["arch"], facts["aux"])
+        replace_heads(model, facts["num_classes"])
+        model.transform_input = facts["transform_input"]
+        model.load_state_dict(content["model"])
+        model.facts = facts
+    return model.eval().requires_grad_(False), facts
+
+
+def load_run(path):
+    """The same for a checkpoint that train.py made, with all that its users read."""
+    model, facts = load_checkpoint(path)
+    missing = RUN_FACTS - facts.keys() | RUN_FLAGS - {*facts.get("args", ())}
+    if missing:
+        raise UserError(f"{path} was not made by train.py: {', '.join(sorted(missing))} is missing")
+    return model, facts
+
+
+def read_weights(path):
+    """A checkpoint of ours as it was saved, or {"model": a plain state_dict}; and the "sha256" of
+    the bytes that were read. With weights_only a file cannot run code: it holds plain values."""
+    path = existing_file(path)
+    with explain(f"{path} is not a readable file of weights"):
+        raw = path.read_bytes()
+        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        content = content if "model" in content else {"model": content}
+        assert all(isinstance(name, str) for name in content["model"]), "its tensors have no names"
+        return {**content, "sha256": hashlib.sha256(raw).hexdigest()}
 
 
 def run_file(path):
@@ -170,42 +207,100 @@ def existing_file(path):
     return path
 
 
-def read_weights(path):
-    """A checkpoint of ours as it was saved, or {"model": a plain state_dict}; and the "sha256" of
-    the bytes that were read. With weights_only a file cannot run code: it holds plain values."""
-    with explain(f"{path} is not a readable file of weights"):
-        raw = path.read_bytes()
-        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        content = content if "model" in content else {"model": content}
-        assert all(isinstance(name, str) for name in content["model"]), "its tensors have no names"
-        return {**content, "sha256": hashlib.sha256(raw).hexdigest()}
+def refuse_foreign(path, facts, data):
+    """A network must know the classes, and not have learned from the patients who judge it."""
+    refuse_leak(path, facts["seen_groups"], data)
+    if facts["classes"] != data.classes:
+        raise UserError(f"{path} was trained on the classes {facts['classes']}, {data.source} has "
+                        f"{data.classes}. Give the images it was trained for with --data")
 
 
-def load_body(model, state, arch):
-    """Load everything but the heads, which are about to be replaced."""
-    skip = tuple(f"{name}." for name in heads(model))
-    if "densenet" in arch:  # torchvision's files still say norm.1 where its code says norm1
-        pattern = r"(denselayer\d+\.(?:norm|conv))\.(\d)"
-        state = {re.sub(pattern, r"\1\2", name): value for name, value in state.items()}
-    for name in [name for name in state if name.startswith(skip)]:
-        del state[name]  # in place: torchvision reads a version that is noted in this very dict
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    wrong = [name for name in missing + unexpected if not (
-        name.startswith((*skip, *AUX_NAMES))  # auxiliary heads, which small images do without
-        or name.endswith("num_batches_tracked")  # a counter that old files do not have
-        or (arch in SE_RESNETS and ".se." in name))]  # what a ResNet does not have
-    assert not wrong, f"{len(wrong)} names differ, such as {wrong[0]}"
+def refuse_leak(path, groups, data):
+    """groups: the patients that a network, its teachers and its first weights have learned from."""
+    if seen := set(groups) & {*data.val.groups, *data.val.ids, *data.test_groups}:
+        raise UserError(f"{path} has learned from {min(seen)}, by whom it or its student is to be "
+                        f"judged in {data.source}. Give other images, or the --data, "
+                        f"--val-fraction and names of patients (PATIENT) of its training")
 
 
-# ---- forward, and what of a network learns -------------------------------------------------------
+def state_of(folder, facts):
+    """What a table or a student must know of a run: ", stopped at 0.5" of a defective teacher, ",
+    epoch 2 of 6" where it is not known to have ended, or ""."""
+    stop_at, epochs = facts["args"]["stop_at"], facts["args"]["epochs"]
+    if stop_at is not None and mean(facts["validation"]["accuracy"]) > stop_at:
+        return f", stopped at {stop_at:g}"
+    history = run_file(folder).parent / "history.csv"
+    done = history.read_bytes().count(b"\n") - 1 if history.exists() else 0
+    return "" if done >= epochs else f", epoch {done} of {epochs}"
 
 
-def forward(model, images):
-    """logits (B, C), and a list of the auxiliary heads' logits (empty in eval mode, and mostly)."""
-    out = model(as_read(model, images))
-    if isinstance(out, torch.Tensor):
-        return out.flatten(1), []  # flatten: SqueezeNet ends in 1x1 maps
-    return out[0], [aux for aux in out[1:] if aux is not None]
+# ---- weights from elsewhere ----------------------------------------------------------------------
+
+
+def imagenet_weights(arch):
+    """torchvision's, in $TORCH_HOME/hub/checkpoints. Its own builder fetches them, and renames what
+    an old file calls otherwise."""
+    plain = arch.removeprefix("se")  # an SE-ResNet starts from the ResNet's weights
+    with explain(f"torchvision has no ImageNet weights of {arch}; use --weights none or a file"):
+        kinds = torchvision.models.get_model_weights(plain)
+        kind = getattr(kinds, "IMAGENET1K_V1", kinds.DEFAULT)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / kind.url.rsplit("/", 1)[1]
+    with (explain(f"{kind.url} could not be fetched or is damaged. Put that file at {path}, or "
+                  f"start from random weights: --weights none --finetune all"),
+          torch.random.fork_rng(devices=[])):  # the builder draws random weights before it loads
+        return {"model": torchvision.models.get_model(plain, weights=kind).state_dict(),
+                "sha256": kind.url}
+
+
+def load_first_weights(model, weights):
+    """Load everything but the heads; those of a run of ours are kept where they fit."""
+    arch, reads = model.facts["arch"], model.facts["input"]
+    content = imagenet_weights(arch) if weights == "imagenet" else read_weights(weights)
+    state, own = content["model"], model.state_dict()
+    heads = tuple(f"{name}." for name in model.head_names)
+    with explain(f"{weights} does not hold the weights of {arch}; give a file of this --arch"):
+        for name in [name for name in state if name.startswith(heads)]:
+            if name not in own or state[name].shape != own[name].shape:
+                del state[name]  # in place: torchvision reads a version noted in this very dict
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        wrong = [name for name in missing + unexpected if not (
+            name.startswith((*heads, *AUX_NAMES))  # auxiliary heads, which small images do without
+            or name.endswith("num_batches_tracked")  # a counter that old files do not have
+            or (arch in NETWORKS and ".se." in name))]  # what a ResNet does not have
+        assert not wrong, f"{len(wrong)} names differ, such as {wrong[0]}"
+        run = content.get("facts", {})
+        # ImageNet's Inception and GoogLeNet learned on (x - 0.5) / 0.5, not on ImageNet's mean and
+        # deviation: with this flag, which no state_dict holds, they convert their input.
+        model.transform_input = run.get("transform_input", arch in AUX_MIN_SIZE)
+        model.facts |= {"first_weights": content["sha256"], "from_run": bool(run),
+                        "body_loaded": not any(".se." in name for name in missing),
+                        "seen_groups": list(run.get("seen_groups", []))}
+        if run.get("input", reads) != reads:
+            raise UserError(f"{weights} reads the --input {run['input']}: add that flag")
+
+
+# ---- SE-ResNets, noise residuals, cost -----------------------------------------------------------
+
+
+class SEBottleneck(Bottleneck):
+    """ResNet's block, each of its channels then weighed by what the block saw in the whole image
+    (squeeze and excitation, Hu et al. 2018)."""
+
+    def __init__(self, inplanes, planes, *args, **kwargs):
+        super().__init__(inplanes, planes, *args, **kwargs)
+        width = planes * self.expansion
+        self.se = SqueezeExcitation(width, width // 16)
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.relu(self.se(self.bn3(self.conv3(x))) + shortcut)
+
+
+# Networks that torchvision lacks, made with 1000 outputs. Add your own: --arch takes its name.
+NETWORKS = {"seresnet50": lambda: ResNet(SEBottleneck, [3, 4, 6, 3]),
+            "seresnet101": lambda: ResNet(SEBottleneck, [3, 4, 23, 3])}
 
 
 def as_read(model, images):
@@ -220,7 +315,7 @@ def residuals(images):
     Predicted minus pixel, divided by c, rounded and cut at 2. The pixel is predicted by one
     neighbour (c = 1) or two opposite ones (c = 3), the least of all directions, or by all (c = 6).
     """
-    x = 255 * (images[:, :1] * STD[0] + MEAN[0])  # grey levels again
+    x = (255 * (images[:, :1] * STD[0] + MEAN[0])).round()  # grey levels again, free of noise
     wide = F.pad(x, (1, 1, 1, 1), mode="replicate")
     up, down = wide[..., :-2, 1:-1], wide[..., 2:, 1:-1]
     left, right = wide[..., 1:-1, :-2], wide[..., 1:-1, 2:]
@@ -231,44 +326,12 @@ def residuals(images):
     return torch.cat([first, second / 3, square / 6], dim=1).round().clamp(-2, 2) / 2
 
 
-def freeze(model, finetune):
-    """The learner, the part that learns: "all", the "fc" block around the head (three layers in
-    AlexNet and VGG, the head itself in most), or the new "head" alone.
-
-    The rest is put in eval mode: even without gradients BatchNorm would move its averages, and
-    dropout would drop.
-    """
-    if finetune == "all":
-        return model
-    head = model.get_submodule(model.head_name)
-    block = model.get_submodule(model.head_name.split(".")[0])
-    # In SqueezeNet pooling follows the head: then the block is what learns, also with "head".
-    takes_block = isinstance(block, nn.Sequential) and (finetune == "fc" or block[-1] is not head)
-    learner = block if takes_block else head
-    model.requires_grad_(False).eval()
-    for layer in learner.modules():
-        if isinstance(layer, nn.Linear):
-            layer.reset_parameters()  # arXiv 2406.08837: all of AlexNet's three "initialised anew"
-    return learner.requires_grad_(True)
-
-
-@torch.no_grad()
-def features(model, learner, images):
-    """What reaches the learner when the model reads the images: the learner's input."""
-    caught = []
-    with learner.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0])):
-        forward(model, images)  # the learner runs too, for nothing: little beside the rest
-    return caught[0]
-
-
-def frozen_hash(model):
-    """A hash of all that made a table of features: frozen weights, averages, form of the input."""
-    learning = {name for name, p in model.named_parameters() if p.requires_grad}
-    digest = hashlib.sha256(str([model.facts["transform_input"], model.facts["input"]]).encode())
-    for name, value in model.state_dict().items():
-        if name not in learning and not name.startswith(AUX_NAMES):  # which eval mode leaves out
-            digest.update(value.cpu().contiguous().numpy())
-    return digest.hexdigest()
+def reading_key(model):
+    """A fingerprint of what the network is shown of a probe image: caches of logits and features
+    are made anew where `prepare`, its constants or the residuals change."""
+    probe = (37 * torch.arange(256)).remainder(256).to(torch.uint8).view(1, 1, 16, 16)
+    shown = as_read(model, prepare(probe, torch.device("cpu")))
+    return fingerprint(shown.tolist(), model.facts["transform_input"])
 
 
 def cost(model, size):
@@ -301,13 +364,7 @@ def cost(model, size):
 
 def last_maps(model, images):
     """The last layer whose output still has a place for every part of the image, pooling aside;
-    and how many places a side.
-
-    In a ViT what follows the last attention reaches only the class token, so the layer before that
-    is taken; a Swin folds its tokens back into maps by itself.
-    """
-    if isinstance(model, torchvision.models.VisionTransformer):
-        return model.encoder.layers[-1].ln_1, model.image_size // model.patch_size
+    and how many places a side."""
     order = []
 
     def note(layer, _, out):
@@ -318,8 +375,8 @@ def last_maps(model, images):
 
     with torch.no_grad(), register_module_forward_hook(note):
         model(images[:1])
-    if not order:
-        raise UserError("Grad-CAM needs maps, and no layer of this network has any: name a layer")
+    if not order or isinstance(model, torchvision.models.VisionTransformer):  # it works on tokens
+        raise UserError("Grad-CAM needs maps, and no late layer of this network has any")
     return order[-1]
 
 
@@ -355,83 +412,6 @@ def grad_cam(model, images, target, layer=None):
             maps, gradient = maps.detach(), torch.autograd.grad(score, maps)[0]
     finally:
         model.train(was_training)
-    if maps.dim() == 3:  # a ViT's tokens: one for the class, then the patches row by row
-        side = math.isqrt(maps.shape[1] - 1)
-        maps, gradient = (t[:, 1:].mT.unflatten(2, (side, side)) for t in (maps, gradient))
     heat = (gradient.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).clamp(min=0)
     heat = F.interpolate(heat, images.shape[-2:], mode="bilinear")[:, 0]  # (N, H, W)
     return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
-
-
-# ---- checkpoints ---------------------------------------------------------------------------------
-
-
-def save_checkpoint(path, model, weights=True, **facts):
-    """Weights, and whatever is needed to rebuild the network and to judge it: plain values only."""
-    content = {"format": FORMAT, "model": model.state_dict() if weights else {},
-               "facts": {**model.facts, **facts}}
-    with (explain(f"{path} could not be written; make room, and repeat the command"),
-          atomic(path) as temporary, open(temporary, "wb") as file):
-        torch.save(content, file)  # given a name, it would write that name into the file
-
-
-# What train.py adds to a network's own facts, by type.
-RUN_FACTS = {"args": dict, "classes": list, "multilabel": bool, "images": list, "processes": int,
-             "seen_groups": list, "provenance": dict, "teachers": list, "taught_by": list,
-             "epoch": int, "train_accuracy": float, "validation": dict}
-NETWORK_FACTS = {"classes", "multilabel", "seen_groups", "epoch"}  # may be there without the others
-
-
-def load_checkpoint(path):
-    """model, facts: the network rebuilt from its own facts, in eval mode and without gradients."""
-    path = existing_file(path)
-    content = read_weights(path)
-    with explain(f"{path} is not a checkpoint of this project"):
-        if content["format"] != FORMAT:
-            raise UserError(f"{path} has format {content['format']}, this code reads {FORMAT}. "
-                            f"Train it again, or use the code that wrote it")
-        facts = {**content["facts"], "sha256": content["sha256"]}
-        assert facts["size"] is None or 0 < facts["size"] < 10_000, "size"
-        if facts.keys() & (RUN_FACTS.keys() - NETWORK_FACTS):  # a run's: all must be there
-            for name, kind in RUN_FACTS.items():
-                assert isinstance(facts[name], kind), name
-        model = bare_network(facts["arch"], facts["aux"])
-        replace_heads(model, facts["num_classes"])
-        model.transform_input = facts["transform_input"]
-        model.load_state_dict(content["model"])
-        model.facts = facts
-    return model.eval().requires_grad_(False), facts
-
-
-# ---- what a checkpoint's facts tell --------------------------------------------------------------
-
-
-def refuse_foreign(path, facts, data):
-    """A network must know the classes, and must not have learned from the patients it judges."""
-    refuse_leak(path, facts["seen_groups"], data)
-    if facts["classes"] != data.classes:
-        raise UserError(f"{path} was trained on the classes {facts['classes']}, {data.source} has "
-                        f"{data.classes}. Give the images it was trained for with --data")
-
-
-def refuse_leak(path, groups, data):
-    """groups: the patients that a network, its teachers and its first weights have learned from."""
-    if seen := set(groups) & {*data.val.groups, *data.val.ids, *data.test_groups}:
-        raise UserError(f"{path} has learned from {min(seen)}, by whom it or its student is to be "
-                        f"judged in {data.source}. Give other images, or the --data, "
-                        f"--val-fraction and names of patients (PATIENT) of its training")
-
-
-def stopped_at(facts):
-    """", stopped at 0.5" for a defective teacher, "" for one that was not stopped."""
-    stop_at = facts["args"]["stop_at"]
-    early = stop_at is not None and mean(facts["validation"]["accuracy"]) > stop_at
-    return f", stopped at {stop_at:g}" if early else ""
-
-
-def unfinished(folder, facts):
-    """", epoch 2 of 6" for a run that has not ended, "" for one that has."""
-    path = run_file(folder).parent / "history.csv"
-    done = path.read_bytes().count(b"\n") - 1 if path.exists() else math.inf
-    ended = done >= facts["args"]["epochs"] or stopped_at(facts)
-    return "" if ended else f", epoch {done} of {facts['args']['epochs']}"

@@ -1,13 +1,19 @@
 """What images must become, and what must never happen to them on the way."""
 
+import argparse
+import csv
 import hashlib
+import http.client
 import http.server
+import json
 import math
 import os
+import pickle
 import shutil
 import struct
 import threading
 import time
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -154,9 +160,8 @@ def test_no_patient_is_in_two_splits(kermany):
 
 def backwards(monkeypatch):
     """A disk that lists folders and files in another order."""
-    glob, walk = Path.glob, os.walk
-    monkeypatch.setattr(os, "walk", lambda *a, **k: (
-        (d, folders, files[::-1]) for d, folders, files in list(walk(*a, **k))[::-1]))
+    glob, below = Path.glob, data.files_below
+    monkeypatch.setattr(data, "files_below", lambda *a: list(below(*a))[::-1])
     monkeypatch.setattr(Path, "glob", lambda *a, **k: iter(sorted(glob(*a, **k), reverse=True)))
 
 
@@ -194,7 +199,7 @@ def test_per_class_takes_at_most_so_many_and_says_what_is_missing(kermany, capsy
 
 def test_a_warm_start_decodes_nothing_and_gives_the_same_pixels(kermany, monkeypatch):
     cold = split_of(kermany)
-    monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("decoded again"))
     warm = split_of(kermany)
     assert torch.equal(cold.images, warm.images) and cold.ids == warm.ids
     assert cold.images.shape == (len(cold.ids), 1, 32, 32) and cold.images.dtype == torch.uint8
@@ -214,18 +219,54 @@ def test_an_image_replaced_by_another_of_the_same_length_is_noticed(kermany):
     assert not torch.equal(split_of(kermany, "test").images, before)
 
 
-@pytest.mark.parametrize("change", ["file", "size", "version"])
+@pytest.mark.parametrize("change", ["file", "size", "code"])
 def test_the_cache_is_made_again_when_what_it_was_made_from_changes(kermany, monkeypatch, change):
-    before, size = split_of(kermany, "test").images.clone(), 32
+    before, size = split_of(kermany, "test"), 32
+    pixels = before.images.clone()
     if change == "file":
         image_file(kermany / "test/NORMAL/IM-0100-0001-0002.jpeg", shade=200)
     elif change == "size":
         size = 16
     else:
-        monkeypatch.setattr(data, "VERSION", data.VERSION + 1)
-    after = data.load(kermany, size, ("test",)).test.images
-    assert (change == "version") == torch.equal(before, after)
+        monkeypatch.setattr(data, "decode", darker)
+    after = data.load(kermany, size, ("test",)).test
+    assert not torch.equal(pixels, after.images) and before.key != after.key
     assert len(list((kermany.parent / "cache").iterdir())) == 2
+
+
+def darker(path, size, negative=False, decode=data.decode):
+    return decode(path, size, negative) // 2
+
+
+@pytest.mark.parametrize("function", ["draw_chest", "random_chests", "list_phantoms"])
+def test_a_change_of_what_draws_phantoms_draws_them_anew(few_phantoms, monkeypatch, function):
+    before, real = split_of("phantoms").key, getattr(data, function)
+    assert split_of("phantoms").key == before
+    monkeypatch.setattr(data, function, lambda *a: real(*a))
+    assert split_of("phantoms").key != before
+
+
+def test_two_sets_of_one_name_with_equal_files_but_for_their_pixels_share_no_cache(tmp_path, monkeypatch):
+    for shade, place in ((60, "a/xray"), (200, "b/xray")):
+        for i, name in enumerate(("NORMAL", "SICK")):
+            path = image_file(tmp_path / place / f"test/{name}/{i}.png", shade=shade)
+            os.utime(path, ns=(0, 0))
+        (tmp_path / place / "train").mkdir()
+    a, b = (data.load(place, 16, ("test",), cache=str(tmp_path / "cache")).test for place in ("a/xray", "b/xray"))
+    assert a.images.unique().tolist() == [60] and b.images.unique().tolist() == [200] and a.key != b.key
+    monkeypatch.chdir("a")
+    again = data.load("xray", 16, ("test",), cache=str(tmp_path / "cache")).test  # one place, typed otherwise
+    assert again.key == a.key
+
+
+def test_what_prepare_does_is_part_of_the_keys_of_cached_logits(monkeypatch):
+    before = data.read_key()
+    assert data.read_key() == before and len(before) == 16
+    for name in ("MEAN", "STD"):
+        with monkeypatch.context() as patched:
+            patched.setattr(data, name, getattr(data, name) + 0.01)
+            assert data.read_key() != before
+    assert data.read_key() == before
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut in the header", "cut in the pixels", "no header", "fewer rows",
@@ -247,13 +288,13 @@ def test_a_damaged_cache_is_one_line_that_says_what_to_delete(kermany, damage):
     assert path.read_bytes() == whole
 
 
-def test_a_table_of_several_blocks_is_written_in_order_and_read_again(tmp_path):
+def test_an_array_of_several_blocks_is_written_in_order_and_read_again(tmp_path):
     def blocks():
         for start in (0, 500, 1000):
             yield np.arange(start, min(start + 500, 1200), dtype=np.int32)[:, None].repeat(3, 1)
 
-    made = data.table(tmp_path / "rows.npy", 1200, blocks())
-    read = data.table(tmp_path / "rows.npy", 1200, (pytest.fail("computed again") for _ in range(1)))
+    made = data.cached_array(tmp_path / "rows.npy", 1200, blocks())
+    read = data.cached_array(tmp_path / "rows.npy", 1200, (pytest.fail("computed again") for _ in range(1)))
     assert made.shape == (1200, 3) and torch.equal(made[:, 2], torch.arange(1200, dtype=torch.int32))
     assert torch.equal(read, made) and (np.load(tmp_path / "rows.npy") == made.numpy()).all()
     made[7] = 0  # pages in memory are ours, the file is not
@@ -263,7 +304,7 @@ def test_a_table_of_several_blocks_is_written_in_order_and_read_again(tmp_path):
 def test_a_cache_that_could_not_be_finished_leaves_nothing_behind(kermany):
     (kermany / "test/NORMAL/IM-0100-0001-0002.jpeg").write_bytes(b"no picture")
     (kermany / "test/PNEUMONIA/person100_virus_100.jpeg").write_bytes(b"")
-    with pytest.raises(data.UserError, match="2 of 12.*IM-0100.*person100_virus"):
+    with pytest.raises(data.UserError, match="IM-0100-0001-0002.jpeg cannot be read. Repair or remove it"):
         split_of(kermany, "test")
     assert list((kermany.parent / "cache").iterdir()) == []
 
@@ -355,19 +396,35 @@ def test_a_png_with_right_checksums_and_wrong_pixels_is_one_line_that_names_it(k
     monkeypatch.setattr(zlib, "compress", spoil.get(kind, compress))
     rows = [(b"\x63" if kind == "an unknown filter" else b"\0") + bytes(range(9))] * 9
     png(kermany / "test/NORMAL/wrong.png", 9, 8, 0, [] if kind == "no rows" else rows)
-    with pytest.raises(data.UserError, match="1 of 13 images cannot be read.*wrong.png") as error:
+    with pytest.raises(data.UserError, match="wrong.png cannot be read. Repair or remove it") as error:
         data.load(kermany, 16, ("test",))
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("value, told", [(4095, True), (4200, False), (65535, False)])
-def test_16_bit_images_that_use_only_12_of_them_are_told(tmp_path, capsys, value, told):
-    for i in range(6):
-        for name in ("NORMAL", "SICK"):
-            deep_png(tmp_path / f"set/train/{name}/{i}.png", 8, value)
-            image_file(tmp_path / f"set/train/{name}/bright{i}.png")
-    data.load("set", 16)
-    assert ("12 of 24 images are nearly black" in capsys.readouterr().out) == told
+def by_hand(path, size):
+    """Today's pixels of a file that lies as it should: without a word on its orientation."""
+    with Image.open(path) as image:
+        image.draft("L", (size, size))
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        return torch.from_numpy(np.array(image.convert("L").resize((size, size), Image.Resampling.BILINEAR)))[None]
+
+
+@pytest.mark.parametrize("kind", ["large jpeg", "grey png", "16 bits"])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_an_image_is_turned_as_its_exif_says_and_others_do_not_change_by_a_bit(tmp_path, kind, orientation):
+    pixels = ramp(192, 128)
+    image = Image.fromarray(pixels.astype(np.uint16) * 257 if kind == "16 bits" else pixels)
+    path, exif = tmp_path / ("a.jpeg" if "jpeg" in kind else "a.png"), Image.Exif()
+    if orientation:
+        exif[274] = orientation
+    image.save(path, exif=exif, **({"quality": 95} if "jpeg" in kind else {}))
+    found, turns = data.decode(path, 32), {3: 2, 6: 3, 8: 1}.get(orientation, 0)  # quarters, against the clock
+    if turns:
+        assert (found.int() - by_hand(path, 32).rot90(turns, (1, 2)).int()).abs().max() <= 2
+        assert (found.int() - by_hand(path, 32).int()).abs().max() > 50
+    else:
+        assert torch.equal(found, by_hand(path, 32))
 
 
 # ---- labels that are wrong, and labels that are hidden
@@ -415,7 +472,7 @@ def test_which_labels_are_wrong_depends_on_names_alone_not_on_pixels_order_or_se
 
 def test_images_with_several_findings_take_neither_wrong_labels_nor_a_balanced_subset(few_phantoms):
     for options in ({"wrong_labels": 0.2}, {"per_class": 4}):
-        with pytest.raises(data.UserError, match="expect one class an image.*findings may have several"):
+        with pytest.raises(data.UserError, match="expect one class an image: leave them out for findings"):
             data.load("findings", 16, **options)
 
 
@@ -464,9 +521,9 @@ def test_prepare_normalises_by_imagenets_mean_and_deviation_and_is_channels_last
 
 
 def test_augmentation_moves_an_image_the_same_way_at_two_sizes_and_never_flips_it():
-    theta = data.random_affines(8, torch.Generator().manual_seed(1))
-    assert (torch.linalg.det(theta[:, :, :2]) > 0.8).all()  # a flip has a negative determinant
-    large, small = (data.prepare(data.phantoms(8, s, 3)[0], torch.device("cpu"), theta) for s in (96, 48))
+    affines = data.random_affines(8, torch.Generator().manual_seed(1))
+    assert (torch.linalg.det(affines[:, :, :2]) > 0.8).all()  # a flip has a negative determinant
+    large, small = (data.prepare(data.phantoms(8, s, 3)[0], torch.device("cpu"), affines) for s in (96, 48))
     still = data.prepare(data.phantoms(8, 48, 3)[0], torch.device("cpu"))
     shrunk = torch.nn.functional.avg_pool2d(large, 2)
     assert (shrunk - small).abs().mean() < 0.12 < (still - small).abs().mean()
@@ -482,7 +539,7 @@ def test_rows_of_logits_and_features_reach_the_network_as_they_are():
 
 @pytest.mark.parametrize("source, says", [("nowhere", "nowhere"), (".", "No folder train in")])
 def test_a_wrong_folder_names_the_layout_expected(source, says):
-    with pytest.raises(data.UserError, match=rf"{says}.*Expected train/CLASS.*--download"):
+    with pytest.raises(data.UserError, match=rf"{says}.*Expected train/CLASS.*give --data.*--download"):
         data.load(source, 32)
 
 
@@ -500,19 +557,221 @@ def test_a_class_without_images_is_named(kermany):
         split_of(kermany, "test")
 
 
-def test_the_audit_counts_images_patients_copies_and_unreadable_files(kermany, capsys):
-    (kermany / "test/PNEUMONIA/person100_bacteria_100.jpeg").write_bytes(b"no picture")
-    copy = kermany / "train/NORMAL/IM-0003-0001.jpeg"
-    (kermany / "test/NORMAL/IM-0101-0001-0002.jpeg").write_bytes(copy.read_bytes())
-    data.main([str(kermany)])
-    text = capsys.readouterr().out
-    assert "unreadable files: 1\n" in text and "person100_bacteria_100.jpeg (cannot identify" in text
-    text = " ".join(text.replace("|", " ").split())
+def audit(folder, capsys):
+    """What the audit prints, each run of blanks one blank."""
+    data.main([str(folder)])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_audit_counts_images_and_patients_and_those_in_train_and_test(kermany, capsys):
+    text = audit(kermany, capsys)
     assert "images (patients) NORMAL PNEUMONIA all" in text
-    assert "train 17 (17) 18 (17) 35 (34)" in text
-    assert "test 4 (4) 8 (8) 12 (12)" in text
-    assert "patients in both train and test: 0" in text
-    assert "copies of another image: 1, of them across train and test: 1" in text
+    assert "train 17 (17) 18 (17) 35 (34)" in text and "test 4 (4) 8 (8) 12 (12)" in text
+    assert "patients in both train and test: 0" in text and "no train" not in text and "no test" not in text
+    image_file(kermany / "test/PNEUMONIA/person3_virus_99.jpeg")
+    assert "patients in both train and test: 1" in audit(kermany, capsys)
+
+
+# ---- what is not read is said
+
+
+@pytest.mark.parametrize("added, said", [
+    ("train/NORMAL/a.tif", "left out: 1 train/NORMAL/*.tif."),
+    ("train/NORMAL/deep/below/a.DCM", "left out: 1 train/NORMAL/*.dcm."),
+    ("test/x.png", "left out: 1 test/*.png."),
+    ("train/x.jpeg", "left out: 1 train/*.jpeg."),
+    ("valid/SICK/a.png", "left out: 1 valid/SICK/*.png."),
+    ("test/UNLABELLED/a.png", "left out: 1 test/UNLABELLED/*.png."),
+    ("train/_spare/a.png", ""), ("train/NORMAL/notes.txt", ""), ("train/NORMAL/._a.tif", ""),
+])
+def test_pictures_that_are_not_read_are_said_once_by_the_audit_and_in_training(kermany, capsys, added, said):
+    before = [r["id"] for r in data.list_images(kermany)[0]]
+    (kermany / added).parent.mkdir(parents=True, exist_ok=True)
+    (kermany / added).write_bytes((kermany / before[0]).read_bytes())
+    assert [r["id"] for r in data.list_images(kermany)[0]] == before
+    told = capsys.readouterr().out
+    assert said in told and told.count("\n") == bool(said) == told.count("Expected JPEG or PNG files below train/CLASS/")
+    data.print_once.cache_clear()
+    assert said in audit(kermany, capsys)
+    data.load(kermany, 16)
+    assert capsys.readouterr().out == ""  # said already
+
+
+@pytest.mark.parametrize("n, told", [(16, False), (17, True)])
+def test_a_val_folder_is_folded_into_train_and_a_large_one_is_said_to_be(kermany, capsys, n, told):
+    for i in range(n - 2):
+        image_file(kermany / f"val/NORMAL/IM-{500 + i:04d}-0001.jpeg")
+    records, _ = data.list_images(kermany)
+    assert sum(r["split"] == "train" for r in records) == 33 + n
+    assert capsys.readouterr().out.startswith(f"val/: its {n} images are training images") == told
+
+
+def test_the_audit_names_classes_that_train_or_test_lack(kermany, capsys):
+    (kermany / "test/PNEUMONIA").rename(kermany / "test/pneumonia")
+    text = audit(kermany, capsys)
+    assert "no train images of pneumonia" in text and "no test images of PNEUMONIA" in text
+    shutil.rmtree(kermany / "test")
+    assert "no test images of NORMAL, PNEUMONIA" in audit(kermany, capsys)
+
+
+def test_a_folder_named_as_the_phantoms_are_is_read_when_typed_as_a_folder(few_phantoms, capsys):
+    healthy_and_sick(Path("phantoms"), "train", [f"patient{i}" for i in range(6)])
+    assert len(data.load("phantoms", 16).train.ids) == 24
+    assert "--data phantoms: the built-in images. Write ./phantoms for the folder" in capsys.readouterr().out
+    assert len(data.load("./phantoms", 16, ("train",)).train.ids) == 10
+    assert "built-in" not in capsys.readouterr().out
+
+
+def test_a_pipe_and_a_dead_link_named_like_images_are_left_out(kermany, capsys):
+    before = [r["id"] for r in data.list_images(kermany)[0]]
+    os.mkfifo(kermany / "train/NORMAL/x.png")
+    (kermany / "test/NORMAL/y.png").symlink_to("nowhere")
+    assert [r["id"] for r in data.list_images(kermany)[0]] == before
+    assert "left out: 1 test/NORMAL/*.png, 1 train/NORMAL/*.png. Expected" in capsys.readouterr().out
+
+
+# ---- images without any label
+
+
+@pytest.fixture
+def unlabelled(kermany):
+    """The public set with images of patients that are elsewhere: in train, in nothing else, in test."""
+    for i in range(8):
+        image_file(kermany / f"train/UNLABELLED/person{i}_virus_900.jpeg")
+        image_file(kermany / f"train/UNLABELLED/deep/person{200 + i}_virus_{i}.jpeg")
+    return kermany
+
+
+def ids_of(split, part="UNLABELLED"):
+    return [id for id in split.ids if part in id]
+
+
+def test_unlabelled_images_train_without_a_label_and_are_no_class(unlabelled):
+    loaded = data.load(unlabelled, 16, ("train", "val", "test"), val_fraction=0.3)
+    assert loaded.classes == ["NORMAL", "PNEUMONIA"]
+    hidden = [id for id, label in zip(loaded.train.ids, loaded.train.labels.tolist(), strict=True) if label == -1]
+    assert hidden == ids_of(loaded.train) and not ids_of(loaded.val) and not ids_of(loaded.test)
+    left_out = {f"person{i}_virus" for i in range(8)} & {*loaded.val.groups}
+    assert left_out and len(hidden) == 16 - len(left_out)  # validation's patients are never trained on
+    assert not {*loaded.train.groups} & {*loaded.val.groups}
+    for i, id in enumerate(loaded.train.ids):
+        assert torch.equal(loaded.train.images[i], data.decode(unlabelled / id, 16))
+
+
+def test_unlabelled_images_change_nothing_else(unlabelled):
+    options = ({}, {"per_class": 6}, {"wrong_labels": 0.5}, {"labels_per_class": 2}, {"classes": 3})
+    with_them = [data.load(unlabelled, 16, **o) for o in options]
+    without = [data.load(unlabelled, 16, unlabelled=False, **o).train for o in options]
+    shutil.rmtree(unlabelled / "train/UNLABELLED")
+    for loaded, few, o in zip(with_them, without, options, strict=True):
+        plain = data.load(unlabelled, 16, **o)
+        assert loaded.val.ids == plain.val.ids and known(loaded.train) == known(plain.train) == known(few)
+        assert ids_of(loaded.train) and not ids_of(few) and loaded.classes == plain.classes
+        if "classes" not in o:  # which carves out other patients
+            assert ids_of(loaded.train) == ids_of(with_them[0].train)  # --per-class takes none away
+        assert [id for id in loaded.train.ids if "UNLABELLED" not in id] == plain.train.ids
+        assert (loaded.train.labels[[id in ids_of(loaded.train) for id in loaded.train.ids]] == -1).all()
+
+
+def test_an_unlabelled_patient_of_the_test_is_shared(unlabelled, capsys):
+    data.load(unlabelled, 16)
+    assert "both train and test" not in capsys.readouterr().out
+    image_file(unlabelled / "train/UNLABELLED/person103_virus_7.jpeg")
+    data.load(unlabelled, 16)
+    assert "1 patients of" in capsys.readouterr().out
+
+
+def test_the_audit_counts_unlabelled_images_in_a_column_of_their_own(unlabelled, capsys):
+    text = audit(unlabelled, capsys)
+    assert "images (patients) NORMAL PNEUMONIA UNLABELLED all" in text
+    assert "train 17 (17) 18 (17) 16 (16) 51 (42)" in text and "test 4 (4) 8 (8) 0 (0) 12 (12)" in text
+
+
+@pytest.mark.parametrize("role, alpha, stay", [("student", 0.9, True), ("student", 0.0, False),
+                                               ("baseline", 0.9, False), ("teacher", 0.9, False)])
+def test_only_a_student_that_hears_its_teacher_trains_on_images_without_a_label(unlabelled, role, alpha, stay):
+    args = {"role": role, "alpha": alpha, "data": str(unlabelled), "per_class": None, "labels_per_class": 2,
+            "classes": None, "val_fraction": 0.1, "wrong_labels": 0.0}
+    loaded = data.load_as(args, 16, ("train",), "cache")
+    assert (loaded.train.labels == -1).any() == stay and bool(ids_of(loaded.train)) == stay
+
+
+# ---- what a split is, in 16 digits
+
+
+def test_fingerprints_are_of_ids_sizes_and_labels_before_any_is_hidden(unlabelled):
+    def prints(source=unlabelled, size=16, **options):
+        return data.load(source, size, ("train",), **options).fingerprints
+
+    first = prints()
+    assert {*first} == {"train", "val", "test"} and all(len(digits) == 16 for digits in first.values())
+    assert prints(labels_per_class=2) == prints(unlabelled=False) == prints(size=24) == first
+    moved = Path(shutil.copytree(unlabelled, "moved"))
+    for path in moved.rglob("*.jpeg"):
+        os.utime(path, ns=(0, 0))
+    assert prints(moved) == first
+    for options, changed in (({"wrong_labels": 0.5}, {"train"}), ({"per_class": 6}, {"train", "val"}),
+                             ({"val_fraction": 0.4}, {"train", "val"}), ({"classes": 3}, {"train", "val", "test"})):
+        assert {split for split, digits in prints(**options).items() if digits != first[split]} == changed
+    (moved / "test/NORMAL/IM-0100-0001-0002.jpeg").write_bytes(b"never decoded")
+    changed = prints(moved)
+    assert changed["test"] != first["test"] and changed["train"] == first["train"]
+
+
+# ---- CSVs that are cut off, or that count an image twice
+
+
+def test_an_image_in_neither_list_of_chest_xray14_is_no_training_image(nih):
+    lines = (nih / "test_list.txt").read_text().split()
+    (nih / "test_list.txt").write_text(lines[0])
+    with pytest.raises(data.UserError, match=f"{lines[1]} is in neither of the two lists beside .*Fetch both again"):
+        data.list_images(nih)
+
+
+@pytest.mark.parametrize("name", ["test_list.txt", "train_val_list.txt"])
+def test_a_missing_list_of_chest_xray14_is_asked_for(nih, name):
+    (nih / name).unlink()
+    with pytest.raises(data.UserError, match="test_list.txt and train_val_list.txt are expected beside .*fetch both"):
+        data.list_images(nih)
+
+
+def chexpert_twice(root):
+    path = root / "train.csv"
+    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+    return root
+
+
+def test_an_image_that_a_csv_names_twice_is_refused_by_name(nih, chexpert, tmp_path):
+    path = nih / "Data_Entry_2017.csv"
+    path.write_text(path.read_text() + path.read_text().splitlines()[3] + "\n")
+    for folder, name in ((nih, "00000002_000.png"), (chexpert_twice(chexpert), "patient00001/study1/view1_frontal.jpg"),
+                         (padchest(tmp_path / "p", [("1.png", "p1"), ("1.png", "p1")]), "1.png")):
+        with pytest.raises(data.UserError, match=f"has 2 rows of .*{name}. Expected one an image"):
+            data.list_images(folder)
+
+
+def padchest(root, rows):
+    """rows: of each image its file's name and its patient."""
+    root.mkdir()
+    text = "ImageID,PatientID,Projection,PhotometricInterpretation_DICOM,Labels\n"
+    (root / "PADCHEST_1.csv").write_text(text + "".join(f"{id},{patient},PA,MONOCHROME2,['mass']\n" for id, patient in rows))
+    for id, _ in rows:
+        image_file(root / id)
+    return root
+
+
+def test_a_row_of_padchest_without_its_patient_is_refused(tmp_path):
+    assert len(data.list_images(padchest(tmp_path / "a", [("1.png", "p1"), ("2.png", "p2")]))[0]) == 2
+    with pytest.raises(data.UserError, match="PADCHEST_1.csv is not the CSV .*2.png, PatientID ,"):
+        data.list_images(padchest(tmp_path / "b", [("1.png", "p1"), ("2.png", "")]))
+
+
+@pytest.mark.parametrize("rest", [0, 1], ids=["no byte", "a header alone"])
+def test_an_empty_csv_is_said_to_be_empty(nih, chexpert, rest):
+    for path in (nih / "Data_Entry_2017.csv", chexpert / "train.csv"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:rest]))
+        with pytest.raises(data.UserError, match=f"{path.name} is empty"):
+            data.list_images(path.parent)
 
 
 # ---- download
@@ -612,16 +871,13 @@ def test_an_interrupted_write_leaves_the_old_file_whole(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_picture_of_phantoms_rims_the_opacities_and_nothing_else():
-    data.main(["--phantoms", "phantoms.png"])
-    picture = torch.from_numpy(np.array(Image.open("phantoms.png"))).permute(2, 0, 1)
-    assert picture.shape == (3, 3 * 227 + 3, 6 * 227 + 3)
-    coloured = picture[0] != picture[2]
-    healthy, sick, rimmed = coloured[: 3 * 227].split(227)
-    assert not healthy.any() and not sick.any()
-    for column in rimmed[:, : 6 * 227].split(227, dim=1):
-        assert column.sum() > 50
-        assert torch.nn.functional.avg_pool2d(column[None].float(), 5, 1).max() < 1  # a line, nothing filled
+def test_an_outline_rims_a_mask_and_fills_nothing():
+    images, labels, masks = data.phantoms(8, 96, 4)
+    rimmed = data.outline(images[labels == 1].repeat(1, 3, 1, 1), masks[labels == 1])
+    for image in rimmed:
+        orange = (image == torch.tensor([255, 90, 0]).view(3, 1, 1)).all(0)
+        assert orange.sum() > 20
+        assert torch.nn.functional.avg_pool2d(orange[None].float(), 5, 1).max() < 1  # a line
 
 
 def healthy_and_sick(root, split, names):
@@ -699,20 +955,116 @@ def test_a_link_in_a_circle_multiplies_no_image(kermany):
     assert [r["id"] for r in data.list_images(kermany)[0]] == before
 
 
-def test_running_out_of_memory_is_one_line():
-    def greedy():
-        raise torch.OutOfMemoryError("CUDA out of memory.\nSee documentation")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nSee documentation"), MemoryError(),
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_running_out_of_memory_is_one_line(error):
+    with pytest.raises(SystemExit, match="^error: out of memory. Lower --batch-size or --size$"):
+        data.cli(lambda: throw(error))
 
-    with pytest.raises(SystemExit, match="error: out of memory. Lower --batch-size or --size"):
-        data.run(greedy)
+
+def throw(error):
+    raise error
 
 
-def test_a_file_name_that_is_not_utf_8_is_one_line(kermany):
-    with open(os.fsencode(kermany / "train/NORMAL") + b"/IM-0042-\xe9.jpeg", "wb") as file:
-        file.write((kermany / "train/NORMAL/IM-0001-0001.jpeg").read_bytes())
-    with pytest.raises(data.UserError, match=r"IM-0042-\\udce9.jpeg' is not a file name in UTF-8") as error:
-        data.load(kermany, 16)
-    assert "\n" not in str(error.value) and str(error.value).isprintable()
+def test_a_mistake_of_ours_is_a_traceback_and_a_users_is_one_line():
+    for error in (RuntimeError("shapes differ"), NameError("auc"), KeyError("epoch")):
+        with pytest.raises(type(error)):
+            data.cli(lambda error=error: throw(error))
+    for error in (data.UserError("no such folder"), OSError("no such folder")):
+        with pytest.raises(SystemExit, match="^error: no such folder$"):
+            data.cli(lambda error=error: throw(error))
+    with pytest.raises(SystemExit, match="train.py goes on from the epoch it saved last"):
+        data.cli(lambda: throw(KeyboardInterrupt()))
+
+
+@pytest.mark.parametrize("error", [OSError("a\nb"), EOFError(), ValueError("a"), KeyError("a"), IndexError("a"), TypeError("a"),
+                                   AttributeError("a"), RuntimeError("a"), AssertionError(), SyntaxError("a"),
+                                   pickle.UnpicklingError("a"), zipfile.BadZipFile("a"), csv.Error("a"),
+                                   tokenize.TokenError("a"), http.client.HTTPException("a"), Image.DecompressionBombError("a")])
+def test_what_a_damaged_file_raises_is_explained_in_one_line_and_kept_as_the_cause(error):
+    with pytest.raises(data.UserError, match=rf"^x is damaged \({type(error).__name__}: .+\)$") as told:
+        with data.explain("x is damaged"):
+            throw(error)
+    assert told.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [NameError("a"), UnboundLocalError("a"), ZeroDivisionError("a"), ImportError("a"),
+                                   data.UserError("what is wrong")])
+def test_what_no_file_raises_is_not_explained_away(error):
+    with pytest.raises(type(error)) as told, data.explain("x is damaged"):
+        throw(error)
+    assert told.value is error
+
+
+@pytest.mark.parametrize("name", ["meta", "mps", "cuda:99", "gpu", ""])
+def test_a_device_that_is_not_there_is_said_whole(name, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", type=data.usable_device)
+    assert parser.parse_args(["--device", "cpu"]).device == "cpu"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--device", name])
+    assert f"argument --device: {name!r} is no device of this machine. Expected cpu, cuda or cuda:N (" in capsys.readouterr().err
+
+
+def test_json_has_null_where_a_figure_is_not_a_number():
+    data.write_json("a/b.json", {"auc": [math.nan, 0.5], "loss": math.inf})
+    assert json.loads(Path("a/b.json").read_text()) == {"auc": [None, 0.5], "loss": None}
+
+
+# ---- progress
+
+
+class Clock:
+    """Time that passes only where an item is worked on."""
+
+    def __init__(self, monkeypatch, terminal):
+        self.now = 0.0
+        monkeypatch.setattr(data.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(data.sys.stdout, "isatty", lambda: terminal, raising=False)
+
+    def work(self, items, seconds, sums=None):
+        for _ in items:
+            self.now += seconds
+            if sums is not None:
+                sums += torch.tensor([8.0, 0.0, 16.0])  # losses of 16 images
+
+
+def test_progress_shows_count_loss_speed_and_time_left_and_wipes_its_line(monkeypatch, capsys):
+    sums = torch.zeros(3)
+    clock = Clock(monkeypatch, terminal=True)
+    clock.work(data.progress(range(4), "epoch 1", sums=sums), 20, sums)
+    assert capsys.readouterr().out.split("\r\033[K")[1:] == [
+        "epoch 1  0/4", "epoch 1  1/4  loss 0.50  1 images/s  1:00 left", "epoch 1  2/4  loss 0.50  1 images/s  0:40 left",
+        "epoch 1  3/4  loss 0.50  1 images/s  0:20 left", ""]
+
+
+@pytest.mark.parametrize("seconds, left", [(59.7, "1:00"), (59.4, "0:59"), (119.6, "2:00"), (3599.9, "60:00")])
+def test_no_time_left_has_sixty_seconds(monkeypatch, capsys, seconds, left):
+    Clock(monkeypatch, terminal=True).work(data.progress(range(2), "x"), seconds)
+    assert f"x  1/2  {left} left" in capsys.readouterr().out
+
+
+def test_a_terminal_is_refreshed_twice_a_second_and_a_file_gets_a_line_a_minute(monkeypatch, capsys):
+    Clock(monkeypatch, terminal=True).work(data.progress(iter(range(100)), "x", total=100), 0.1)
+    assert 15 <= capsys.readouterr().out.count("x  ") <= 20  # in ten seconds
+    Clock(monkeypatch, terminal=False).work(data.progress(range(100), "x"), 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0] == "x  21/100  3:57 left" and "\033" not in "".join(lines)
+
+
+def test_sums_are_read_only_when_a_line_is_printed(monkeypatch):
+    class Sums:
+        def tolist(self):
+            pytest.fail("a GPU would have to wait")
+
+    Clock(monkeypatch, terminal=False).work(data.progress(range(50), "x", sums=Sums()), 1)
+
+
+def test_a_loop_that_is_left_early_leaves_no_line_behind(monkeypatch, capsys):
+    Clock(monkeypatch, terminal=True)
+    for _ in data.progress(range(9), "x"):
+        break
+    assert capsys.readouterr().out == "\r\033[Kx  0/9\r\033[K"
 
 
 def test_a_file_name_in_another_script_is_a_name_like_others(kermany):

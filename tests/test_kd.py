@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd import binary_kd_loss, distillation_loss, kd_loss, label_loss, mean_teacher
+from kd import MAX_T, binary_kd_loss, distillation_loss, kd_loss, mean_teacher
 
 # Values on which three independent implementations and plain Python agree to 12 digits.
 S2, T2, Y2 = [[2, -1], [0.5, 0.25]], [[3, -2], [-1, 1.5]], [0, 1]
@@ -70,7 +70,7 @@ def test_equal_logits_cost_exactly_nothing_and_move_nothing():
         assert s.grad.abs().max() < 1e-6
 
 
-def test_the_gradient_is_T_times_the_gap_between_the_softened_answers():
+def test_the_gradient_is_T_times_the_gap_between_the_softened_probabilities():
     for T in (1.0, 5.0):
         s, t = (
             torch.randn(8, 4, dtype=torch.float64, requires_grad=True),
@@ -93,10 +93,15 @@ def test_the_gradient_is_that_of_cross_entropy_with_soft_labels():
     assert torch.allclose(ours, s.grad, atol=1e-14)
 
 
-def test_at_high_temperature_it_is_the_squared_gap_between_centred_logits():
-    s, t = torch.randn(16, 5, dtype=torch.float64), torch.randn(16, 5, dtype=torch.float64) + 3
-    gap = (s - s.mean(1, keepdim=True)) - (t - t.mean(1, keepdim=True))
-    assert kd_loss(s, t, 1e3).item() == pytest.approx((gap**2).sum(1).mean().item() / 10, rel=2e-3)
+def test_at_a_high_T_it_regresses_centred_logits_both_loss_and_gradient():
+    B, C = 16, 5
+    s = torch.randn(B, C, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(B, C, dtype=torch.float64) + 3
+    gap = (s - s.mean(1, keepdim=True) - t + t.mean(1, keepdim=True)).detach()
+    value = kd_loss(s, t, 1e3)
+    value.backward()
+    assert value.item() == pytest.approx((gap**2).sum(1).mean().item() / (2 * C), rel=2e-3)
+    assert torch.allclose(s.grad, gap / (C * B), atol=2e-3 * gap.abs().max() / (C * B))
 
 
 def test_T_squared_keeps_the_gradient_from_shrinking():
@@ -178,60 +183,88 @@ def test_sigmoid_loss_is_the_two_class_softmax_loss_of_each_finding():
     assert binary_kd_loss(s, t, 3.0).item() == pytest.approx(kd_loss(*as_two_classes, 3.0).item(), rel=1e-12)
 
 
-def test_masked_findings_count_for_nothing():
-    s, t = torch.randn(4, 3), torch.randn(4, 3)
-    mask = torch.tensor([[True, False, True]] * 4)
-    assert torch.isclose(binary_kd_loss(s, t, 2.0, mask), binary_kd_loss(s[:, ::2], t[:, ::2], 2.0))
-    assert binary_kd_loss(s, t, 2.0, torch.zeros_like(mask)) == 0
+def label_loss(logits, labels, smoothing=0.0):
+    """The loss of a network without a teacher; T and alpha are there, and must not matter."""
+    return distillation_loss(logits, None, labels, 7.0, 0.9, smoothing)
 
 
-def test_unknown_labels_count_for_nothing_in_the_label_loss():
-    s, y = torch.randn(6, 3), torch.tensor([0, -1, 2, 1, -1, 0])
-    alone = F.cross_entropy(s[y >= 0], y[y >= 0])
-    assert torch.isclose(label_loss(s, y), alone)
-    smooth = F.cross_entropy(s[y >= 0], y[y >= 0], label_smoothing=0.2)
-    assert torch.isclose(label_loss(s, y, 0.2), smooth)
-    several = torch.tensor([[1.0, math.nan, 0.0]] * 6)
-    known = F.binary_cross_entropy_with_logits(s[:, ::2], several[:, ::2])
-    assert torch.isclose(label_loss(s, several), known)
-    for nothing in (torch.full((6,), -1), torch.full((6, 3), math.nan)):
-        s.requires_grad_(True)
-        value = label_loss(s, nothing)
-        value.backward()
-        assert value == 0 and not s.grad.any()
+def test_without_a_teacher_it_is_the_label_loss_whatever_T_and_alpha():
+    s, y = torch.randn(8, 3), torch.randint(3, (8,))
+    total, hard, soft = label_loss(s, y)
+    assert torch.equal(total, F.cross_entropy(s, y)) and torch.equal(hard, total) and soft == 0
+    several = torch.randint(2, (8, 3)).float()
+    total, hard, soft = label_loss(s, several)
+    assert torch.isclose(total, F.binary_cross_entropy_with_logits(s, several))
+    assert torch.equal(hard, total) and soft == 0
 
 
-def test_the_teacher_is_heard_on_every_image_also_where_the_label_is_unknown():
+def test_the_hard_loss_is_the_sum_over_labelled_images_divided_by_all_images():
+    s, y = torch.randn(32, 3, dtype=torch.float64), torch.full((32,), -1)
+    y[::4] = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])  # 8 of 32
+    by_hand = -sum(s[i].log_softmax(0)[y[i]] for i in range(0, 32, 4)) / 32
+    assert torch.isclose(label_loss(s, y)[1], by_hand, rtol=1e-12)
+    assert torch.isclose(distillation_loss(s, s, y, 4.0, 0.25)[0], 0.75 * by_hand, rtol=1e-12)
+
+
+def test_the_hard_loss_of_findings_is_the_sum_over_labelled_ones_divided_by_all():
+    s, y = torch.randn(4, 3, dtype=torch.float64), torch.full((4, 3), math.nan, dtype=torch.float64)
+    y[0, 1], y[2, 0], y[2, 2] = 1, 0, 1  # 3 of 12
+    q = s.sigmoid()
+    by_hand = -(q[0, 1].log() + (1 - q[2, 0]).log() + q[2, 2].log()) / 12
+    assert torch.isclose(label_loss(s, y)[1], by_hand, rtol=1e-12)
+
+
+@pytest.mark.parametrize("labels", [[-1] * 6, [[math.nan] * 3] * 6])
+def test_without_any_label_the_label_loss_is_zero_and_moves_nothing(labels):
+    s = torch.randn(6, 3, requires_grad=True)
+    value = label_loss(s, torch.tensor(labels), 0.1)[0]
+    value.backward()
+    assert value == 0 and not s.grad.any()
+
+
+def test_the_teacher_is_heard_on_every_image_also_on_those_without_a_label():
     s, t, T = torch.randn(6, 3), torch.randn(6, 3), 2.0
     one, several = torch.tensor([0, -1, 2, -1, -1, 0]), torch.tensor([[1.0, math.nan, 0.0]] * 6)
     for labels, loss in ((one, kd_loss), (several, binary_kd_loss)):
         total, hard, soft = distillation_loss(s, t, labels, T, 0.25)
-        assert torch.equal(soft, loss(s, t, T)) and torch.equal(hard, label_loss(s, labels))
+        assert torch.equal(soft, loss(s, t, T)) and torch.equal(hard, label_loss(s, labels)[0])
         assert torch.isclose(total, 0.75 * hard + 0.25 * soft)
         changed = t.clone()
-        changed[1, 1] += 5  # an unknown label, in both
+        changed[1, 1] += 5  # has no label in either
         assert not torch.isclose(distillation_loss(s, changed, labels, T, 0.25)[2], soft)
         unlabelled = torch.full_like(labels, -1 if labels.dim() == 1 else math.nan)
         assert torch.isclose(distillation_loss(s, t, unlabelled, T, 0.25)[0], 0.25 * soft)
 
 
-@pytest.mark.parametrize("labels", [[0, 1, -1, 2, -1, -1], [[1, math.nan, 0], [0, 1, 1]] * 3])
-def test_processes_that_divide_by_one_number_of_labels_average_to_the_whole_batch(labels):
-    s, t, y = torch.randn(6, 3), torch.randn(6, 3), torch.tensor(labels)
-    mean_count = (y >= 0).sum() / 2  # the mean over two processes, whose shares differ
-    halves = [label_loss(s[i : i + 3], y[i : i + 3], n_known=mean_count) for i in (0, 3)]
-    assert torch.isclose(sum(halves) / 2, label_loss(s, y))
-    halves = [distillation_loss(s[i : i + 3], t[i : i + 3], y[i : i + 3], 3.0, 0.4, mean_count)[0]
-              for i in (0, 3)]  # fmt: skip
-    assert torch.isclose(sum(halves) / 2, distillation_loss(s, t, y, 3.0, 0.4)[0])
+@pytest.mark.parametrize("labels", [
+    [0, 1, 2, 2, -1, -1, -1, -1], [-1] * 7 + [1],
+    [[1, 0, 1]] * 3 + [[1, math.nan, math.nan]] + [[math.nan] * 3] * 4,
+])  # fmt: skip
+def test_two_halves_of_a_batch_average_to_its_loss_however_labels_are_spread(labels):
+    s, t = (torch.randn(8, 3, dtype=torch.float64) for _ in range(2))
+    y = torch.tensor(labels)
+    whole = distillation_loss(s, t, y, 3.0, 0.4, 0.1)
+    halves = [distillation_loss(s[i : i + 4], t[i : i + 4], y[i : i + 4], 3.0, 0.4, 0.1)
+              for i in (0, 4)]  # fmt: skip
+    for both, one in zip(zip(*halves, strict=True), whole, strict=True):
+        assert torch.isclose(sum(both) / 2, one, rtol=1e-12)
 
 
 def test_label_smoothing_is_torchs_own_for_one_label_and_its_two_class_form_for_findings():
     logits, y = torch.randn(8, 3, dtype=torch.float64), torch.randint(3, (8,))
-    assert torch.equal(label_loss(logits, y, 0.1), F.cross_entropy(logits, y, label_smoothing=0.1))
+    smooth = F.cross_entropy(logits, y, label_smoothing=0.1)
+    assert torch.isclose(label_loss(logits, y, 0.1)[0], smooth, rtol=1e-12)
     z, y = torch.randn(8, 1, dtype=torch.float64), torch.randint(2, (8,))
     two = F.cross_entropy(torch.cat([torch.zeros_like(z), z], 1), y, label_smoothing=0.1)
-    assert torch.isclose(label_loss(z, y[:, None].double(), 0.1), two)
+    assert torch.isclose(label_loss(z, y[:, None].double(), 0.1)[0], two)
+
+
+def test_label_smoothing_changes_the_hard_loss_of_a_student_and_leaves_its_soft_loss_alone():
+    s, t, y = torch.randn(8, 3), torch.randn(8, 3), torch.randint(3, (8,))
+    total, hard, soft = distillation_loss(s, t, y, 4.0, 0.3, 0.1)
+    assert torch.isclose(hard, F.cross_entropy(s, y, label_smoothing=0.1))
+    assert torch.equal(soft, kd_loss(s, t, 4.0))
+    assert torch.isclose(total, 0.7 * hard + 0.3 * soft)
 
 
 def test_several_teachers_speak_with_the_mean_of_their_softened_probabilities():
@@ -255,15 +288,30 @@ def test_teachers_under_bfloat16_are_averaged_in_float32(multilabel):
     (1.0, ((4, 1), (4, 1)), "binary_kd_loss"),
     (1.0, ((4, 2), (4, 3)), "same images and classes"),
     (1.0, ((4,), (4,)), r"\(images, classes\)"),
-    (0.0, ((4, 2), (4, 2)), "above 0"),
-    (-1.0, ((4, 2), (4, 2)), "above 0"),
-    (math.nan, ((4, 2), (4, 2)), "above 0"),
+    (0.0, ((4, 2), (4, 2)), "above 0 and up to 1000, got 0.0"),
+    (-1.0, ((4, 2), (4, 2)), "above 0 and up to 1000, got -1.0"),
+    (math.nan, ((4, 2), (4, 2)), "above 0 and up to 1000, got nan"),
+    (1000.5, ((4, 2), (4, 2)), "above 0 and up to 1000, got 1000.5"),
 ])  # fmt: skip
 def test_what_cannot_be_distilled_is_refused_with_the_reason(T, shapes, says):
     with pytest.raises(ValueError, match=says):
         kd_loss(torch.zeros(shapes[0]), torch.zeros(shapes[1]), T)
+    if min(shapes[0]) > 1:  # sigmoid is made for one logit
+        with pytest.raises(ValueError, match=says):
+            binary_kd_loss(torch.zeros(shapes[0]), torch.zeros(shapes[1]), T)
 
 
-def test_alpha_outside_zero_to_one_is_refused():
-    with pytest.raises(ValueError, match="alpha"):
-        distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1).long(), 1.0, 1.5)
+@pytest.mark.parametrize("loss", [kd_loss, binary_kd_loss])
+def test_at_the_highest_T_allowed_float32_still_has_the_gradient(loss):
+    s, t = torch.randn(64, 3, requires_grad=True), torch.randn(64, 3)
+    loss(s, t, MAX_T).backward()
+    q, p = ((z.detach().double() / MAX_T) for z in (s, t))
+    exact = MAX_T * ((q.softmax(1) - p.softmax(1)) / 64 if loss is kd_loss
+                     else (q.sigmoid() - p.sigmoid()) / (64 * 3))
+    assert torch.allclose(s.grad.double(), exact, rtol=0, atol=1e-3 * exact.abs().max())
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, math.nan])
+def test_alpha_outside_zero_to_one_is_refused(alpha):
+    with pytest.raises(ValueError, match=f"alpha must lie between 0 .* and 1 .*, got {alpha}"):
+        distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1).long(), 1.0, alpha)

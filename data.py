@@ -1,13 +1,10 @@
 """Images in, tensors out: a split is one uint8 tensor of images, decoded once and kept in a cache.
+There is no Dataset, no DataLoader and no worker: a batch is `images[rows]`.
 
     data = load("data/chest_xray", size=224)     data.train.images (N, 1, 224, 224), .labels, .ids
     data = load("phantoms", size=112)            chest X-rays drawn here: no download
     python data.py data/chest_xray               count and audit a folder
     python data.py --download data/chest_xray    fetch the public set, 1.2 GB
-
-In this order: load; class folders; patients and splits; decoding and cache; prepare; sets with a
-CSV; phantoms; audit and download; small helpers; the command line. There is no Dataset, no
-DataLoader and no worker: a batch is `images[rows]`.
 """
 
 import argparse
@@ -17,22 +14,16 @@ import functools
 import hashlib
 import inspect
 import json
-import math
 import os
-import pickle
-import platform
 import re
-import subprocess
+import shutil
 import sys
 import time
-import tokenize
-import zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.client import HTTPException
-from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,38 +34,30 @@ from PIL import Image, ImageOps
 URL = ("https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/"
        "f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded")
 SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
-MEAN = torch.tensor([0.485, 0.456, 0.406])  # ImageNet's, which pre-trained networks expect
-STD = torch.tensor([0.229, 0.224, 0.225])
-IMAGE_FILE = re.compile(r"[^.].*\.(jpe?g|png)", re.IGNORECASE)  # not ._person1_virus_6.jpeg
-PICTURE_FILE = re.compile(r"[^.].*\.(jpe?g|png|tiff?|bmp|gif|webp|jp2|jfif|heic|dcm|dicom)",
-                          re.IGNORECASE)
-# The name of a patient in the paths of the public set and of MURA. Bacteria and virus are numbered
-# separately: person7_virus is another child than person7_bacteria, NORMAL2-IM-0007 than IM-0007.
+MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # ImageNet's
+IMAGE_FILE = re.compile(r"(?i)[^.].*\.(jpe?g|png)")  # not ._person1_virus_6.jpeg
+PICTURE_FILE = re.compile(r"(?i)[^.].*\.(jpe?g|png|tiff?|bmp|gif|webp|jp2|jfif|heic|dcm|dicom)")
+# A patient's name in a path; person7_virus is another child than person7_bacteria.
 PATIENT = re.compile(r"person\d+_(?:bacteria|virus)|(?:NORMAL2-)?IM-\d+"
                      r"|(?:NORMAL|BACTERIA|VIRUS)-\d+|patient\d+")
-
 
 class UserError(ValueError):
     """An error the user can fix: what is wrong, what was expected, what to do, in one line."""
 
-
 # ---- load: from a folder to tensors --------------------------------------------------------------
-
 def load(source, size, splits=("train", "val"), per_class=None, labels_per_class=None, classes=None,
          val_fraction=0.1, wrong_labels=0.0, unlabelled=True, cache="cache"):
-    """The splits asked for, each with .images (N, 1, size, size) uint8, .labels, .ids and .groups.
-    labels: (N,) class indices, -1 for none; or, where an image may have several findings
-    (data.multilabel), (N, K) floats 0, 1 or NaN, unknown. groups: the patients. Row i is image i in
-    all of them. Only evaluate.py asks for "test". unlabelled: whether training images without a
-    label stay, those of train/UNLABELLED and those that --labels-per-class leaves without one."""
+    """The splits asked for (only evaluate.py asks for "test"), each with .images (N, 1, size, size)
+    uint8, .labels, .ids and .groups (patients); row i is image i in all of them. labels: (N,) class
+    indices, -1 for none; where an image may have several findings (data.multilabel), (N, K) floats
+    0, 1 or NaN, unknown. unlabelled: whether training images stay that have no label left."""
     records, names = list_images(str(source), classes)
     data = SimpleNamespace(classes=names, source=str(source), fingerprints={},
                            multilabel=any(isinstance(r["label"], list) for r in records))
     if len(names) < 2 or classes not in (None, len(names)):
         raise UserError(f"{source} has the classes {names}. Expected {classes or 'at least 2'}")
     if data.multilabel and (per_class or wrong_labels):
-        raise UserError(f"--per-class and --wrong-labels expect one class an image: leave them out "
-                        f"for {source}, whose images may have several findings")
+        raise UserError(f"{source} has several findings an image: drop --per-class, --wrong-labels")
     if data.source not in PHANTOM_SOURCES:  # which have validation images of their own
         carve_validation(records, val_fraction)
     if per_class:  # after validation: a small subset never trains on what a large one holds back
@@ -92,35 +75,30 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
     for r in records:
         if r["split"] == "train" and r["label"] == -1 and not unlabelled:
             r["split"] = "unused"
+    data.n_wrong = sum(r["chance"] < wrong_labels and r["label"] != -1
+                       for r in records if r["split"] == "train")
     data.test_groups = {r[key] for r in records if r["split"] == "test" for key in ("group", "id")}
-    check_splits(data, records, splits)
+    for split in (*splits, "test"):  # what evaluate.py will refuse is said before training
+        kinds = {r["kind"] for r in records if r["split"] == split}
+        needed = names[:1] if data.multilabel else names
+        missing = ", ".join(name for k, name in enumerate(needed) if k not in kinds)
+        if missing and split in splits:
+            raise UserError(f"{source} has no {split} images of {missing}. Add other patients")
+        if missing:
+            print_once(f"{source} has no test images of {missing}: evaluate.py will need some")
+    shared = data.test_groups & {r["group"] for r in records if r["folder"] != "test"}
+    if shared and "test" not in splits:
+        print_once(f"{len(shared)} patients of {source} are in both train and test, such as "
+                   f"{min(shared)}: evaluate.py refuses runs that have learned from them")
     for split in splits:
         setattr(data, split, load_split(data, records, split, size, cache))
     return data
-
-
-def check_splits(data, records, splits):
-    """Refuse a split that lacks a class; say before training what evaluate.py will refuse."""
-    for split in (*splits, "test"):
-        kinds = {r["kind"] for r in records if r["split"] == split}
-        needed = data.classes[:1] if data.multilabel else data.classes
-        if missing := [name for k, name in enumerate(needed) if k not in kinds]:
-            problem = f"{data.source} has no {split} images of {', '.join(missing)}"
-            if split in splits:
-                raise UserError(f"{problem}. Expected some of every class; add other patients")
-            print_once(f"{problem}: evaluate.py will need some")
-    shared = data.test_groups & {r["group"] for r in records if r["folder"] != "test"}
-    if shared and "test" not in splits:
-        print_once(f"{len(shared)} patients of {data.source} are in both train and test, such as "
-                   f"{min(shared)}: evaluate.py refuses runs that have learned from them")
-
 
 def load_as(args, size, splits, cache, source=None):
     """load() as a run's flags say, a dict: the same images for training and for judging."""
     names = ("per_class", "labels_per_class", "classes", "val_fraction", "wrong_labels")
     return load(source or args["data"], size, splits, **{name: args[name] for name in names},
                 unlabelled=args["role"] == "student" and args["alpha"] > 0, cache=cache)
-
 
 def load_split(data, records, split, size, cache):
     """One split as tensors: rows of the cached array that holds all images of its folder."""
@@ -136,7 +114,7 @@ def load_split(data, records, split, size, cache):
     blocks = draw_blocks(folder, size) if drawn else decode_blocks(folder, size)
     pixels = cached_array(path, len(folder), blocks)  # (all images of the folder, 1, size, size)
     rows = torch.tensor([i for i, r in enumerate(folder) if r["split"] == split])
-    none = [math.nan] * len(data.classes) if data.multilabel else -1
+    none = [torch.nan] * len(data.classes) if data.multilabel else -1
     images = SimpleNamespace(  # a copy in memory: 50 kB an image at 224
         images=pixels[rows, :1], ids=[r["id"] for r in chosen], groups=[r["group"] for r in chosen],
         labels=torch.tensor([none if r["label"] == -1 else r["label"] for r in chosen]),
@@ -144,7 +122,6 @@ def load_split(data, records, split, size, cache):
     if drawn:
         images.masks = pixels[rows, 1] > 0
     return images
-
 
 def list_images(source, classes=None):
     """A record for every image, and the names of the classes; nothing is decoded yet."""
@@ -158,38 +135,29 @@ def list_images(source, classes=None):
         r |= {"bytes": stat.st_size, "mtime": stat.st_mtime_ns}
     return records, names
 
-
 def existing_folder(source):
     """The folder of a data set, or an error that says what was expected there."""
     root = Path(source)
-    if source in PHANTOM_SOURCES:
-        if root.is_dir():
-            print_once(f"--data {source}: the built-in images. Write ./{source} for the folder")
-        return root
+    if source in PHANTOM_SOURCES and root.is_dir():
+        print_once(f"--data {source}: the built-in images. Write ./{source} for the folder")
     for folder in (root, root / "chest_xray"):  # archives hold one folder more, or a copy inside
-        if known_csvs(folder) or (folder / "train").is_dir():
+        if source in PHANTOM_SOURCES or known_csvs(folder) or (folder / "train").is_dir():
             return folder
     there = ", ".join(sorted(folder.name for folder in root.glob("*/"))[:9]) or "none"
-    why = f"No folder train in {root}, but {there}" if root.exists() else f"No such folder: {root}"
-    raise UserError(f"{why}. Expected train/CLASS/*.jpeg, test/CLASS/*.jpeg, or a CSV set; give "
-                    f"--data where it is now; python data.py --download {root} fetches a set")
-
+    raise UserError(f"No folder train in {root} (there: {there}). Expected train/CLASS/*.jpeg or "
+                    f"a CSV set; give --data where it is; data.py --download {root} fetches one")
 
 # ---- class folders -------------------------------------------------------------------------------
-
 def record(id, label, folder, path=None, group=None, negative=False, **more):
-    """label: index of the class, -1 for none, or a list of 0, 1 or NaN, one a finding. kind: the
-    class, whatever becomes of the label. folder: train or test, as the data set has it; split:
-    where it is used. negative: bright where other images are dark."""
+    """label: a class index, -1 for none, or a list of 0, 1 or NaN, one a finding. kind: the class,
+    whatever becomes of the label. folder: as the set has it; split: where the image is used."""
     return {"id": id, "label": label, "kind": label if isinstance(label, int) else 0, "path": path,
             "folder": folder, "split": folder, "group": group or id, "negative": negative,
             "chance": hash_fraction(f"wrong {id}"), **more}  # --wrong-labels above it: a wrong one
 
-
 def list_class_folders(root, classes):
-    """Kermany's set as Kaggle or Mendeley ship it, MURA v1.1, or folders like theirs: all images
-    below a class's folder are its images; those of train/UNLABELLED have no label. Test images lie
-    in `test`, or else in `valid` (MURA's). Kaggle's `val` holds 16, too few: they go to train."""
+    """Kermany's set, MURA v1.1, or folders like theirs; train/UNLABELLED has no labels. Test images
+    lie in `test`, or else `valid` (MURA's). Kaggle's `val` holds 16, too few: they go to train."""
     there = [split for split in ("train", "val", "test", "valid") if (root / split).is_dir()]
     used_as = {"train": "train", "val": "train", "test" if "test" in there else "valid": "test"}
     names = {d.name for split in used_as for d in (root / split).glob("[!._]*/")} - {"UNLABELLED"}
@@ -199,33 +167,27 @@ def list_class_folders(root, classes):
     for path in sorted(path for split in there for path in files_below(root / split, set())):
         id = path[len(str(root)) + 1 :].replace(os.sep, "/")  # train/NORMAL/IM-0001-0001.jpeg
         split, class_name, *below = id.split("/")
-        folder, name = used_as.get(split), os.path.basename(path)
+        folder, name, rest = used_as.get(split), os.path.basename(path), "/".join(below)
         is_known = class_name in names or class_name == "UNLABELLED" and folder == "train"
         if not (folder and is_known and IMAGE_FILE.fullmatch(name) and os.path.isfile(path)):
             if PICTURE_FILE.fullmatch(name) and class_name[0] not in "._":
-                kind = [*id.split("/")[:-1][:2], "*" + os.path.splitext(name)[1].lower()]
-                left_out["/".join(kind)] += 1
+                left_out["/".join([*id.split("/")[:-1][:2], f"*{Path(name).suffix.lower()}"])] += 1
             continue
-        label, rest = names.index(class_name) if class_name in names else -1, "/".join(below)
+        label = names.index(class_name) if class_name in names else -1
         if three and label == 1:
-            kind = re.search("bacteria|virus", rest.lower())
-            if not kind:
-                raise UserError(f"--classes 3 expects bacteria or virus in names of pneumonia "
-                                f"images, not {path}. Use --classes 2")
+            if not (kind := re.search("bacteria|virus", rest.lower())):
+                raise UserError(f"--classes 3 expects bacteria or virus in {path}. Use --classes 2")
             label = 1 + (kind[0] == "virus")
         patient = PATIENT.search(rest)
-        records.append(record(id, label, folder, path, patient and patient[0]))
-    if left_out:
-        print_once(f"left out: {', '.join(f'{n} {kind}' for kind, n in sorted(left_out.items()))}. "
-                   f"Expected JPEG or PNG files below train/CLASS/ and test/CLASS/")
+        records.append(record(id, label, folder, path, patient[0] if patient else None))
+    for kind, n in sorted(left_out.items()):
+        print_once(f"left out: {n} {kind}. Expected JPEG or PNG files below train/CLASS/")
     if (n := sum(r["id"].startswith("val/") for r in records)) > 16:
         print_once(f"val/: its {n} images are training images, among which validation is chosen")
     if n := sum(r["group"] == r["id"] for r in records):
-        print_once(f"{n} of {len(records)} file names tell no patient: each such image counts as a "
-                   f"patient of its own (see PATIENT in data.py)")
+        print_once(f"{n} of {len(records)} file names tell no patient: each counts as a patient")
     names = [name.removeprefix("XR_") for name in names]
     return records, ["NORMAL", "BACTERIAL", "VIRAL"] if three else names
-
 
 def files_below(folder, visited):
     """The paths of all files below a folder, links followed, though no folder is visited twice."""
@@ -236,18 +198,14 @@ def files_below(folder, visited):
         elif os.path.realpath(entry.path) not in visited:
             yield from files_below(entry.path, visited)
 
-
 # ---- patients and splits -------------------------------------------------------------------------
-
 def hash_fraction(name):
     """A number in [0, 1) that follows from the name alone, the same on every machine."""
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:6]) / 2**48
 
-
 def carve_validation(records, fraction):
-    """Move whole patients from train to val, until every class has given up its fraction of images.
-    With a child on both sides, validation would reward recognising the child. So images without a
-    label, which cannot validate, are not used where their patient's other images do."""
+    """Move whole patients from train to val, until every class has given up its fraction of images:
+    a child on both sides would be recognised. Their images without a label are used nowhere."""
     patients = defaultdict(list)
     for r in records:
         if r["split"] == "train":
@@ -259,7 +217,6 @@ def carve_validation(records, fraction):
             for r in patients[group]:
                 r["split"] = "val" if r["kind"] >= 0 else "unused"
                 wanted[r["kind"]] -= 1
-
 
 def keep_per_class(records, names, per_class, val_fraction):
     """Leave at most so many images of each class, train and val together; print what is missing."""
@@ -274,7 +231,6 @@ def keep_per_class(records, names, per_class, val_fraction):
         if found[k] < per_class:
             print_once(f"--per-class {per_class}: only {found[k]} images of {name}")
 
-
 def surplus(records, split, n):
     """Of every class the images of a split beyond n, in an order that follows from their names."""
     seen = Counter()
@@ -284,9 +240,7 @@ def surplus(records, split, n):
             if seen[r["kind"]] > n:
                 yield r
 
-
-# ---- decoding and cache --------------------------------------------------------------------------
-
+# ---- decoding, the cache, prepare ----------------------------------------------------------------
 def decode(path, size, negative=False):
     """One image as (1, size, size) uint8: grey, and squashed to a square so that no lung is cut."""
     with explain(f"{path} cannot be read. Repair or remove it"), Image.open(path) as image:
@@ -298,20 +252,15 @@ def decode(path, size, negative=False):
     pixels = torch.from_numpy(np.array(grey))[None]
     return 255 - pixels if negative else pixels
 
-
 def decode_blocks(records, size):
     """Yield the images as arrays (up to 512, 1, size, size)."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes without holding Python's lock
         for start in progress(range(0, len(records), 512), "decoding images, blocks of 512"):
-            images = pool.map(lambda r: decode(r["path"], size, r["negative"]),
-                              records[start : start + 512])
-            yield torch.stack(list(images)).numpy()
-
+            block = records[start : start + 512]
+            yield np.stack([*pool.map(lambda r: decode(r["path"], size, r["negative"]), block)])
 
 def cached_array(path, n, blocks):
-    """A tensor of n rows that is computed once, kept in `path` and mapped from there ever after.
-    blocks: a generator of arrays, n rows in all, not started where the file exists. The array may
-    be larger than the memory."""
+    """A tensor of n rows, kept in `path`: mapped from there, or first written from its blocks."""
     if not path.exists():
         with atomic(path) as temporary, open(temporary, "wb") as file:
             for i, block in enumerate(blocks):
@@ -321,18 +270,14 @@ def cached_array(path, n, blocks):
                         "shape": (n, *block.shape[1:])})
                 file.write(np.ascontiguousarray(block))
     with explain(f"{path} is damaged; delete it, and it is made again"):
-        rows = np.load(path, mmap_mode="c")  # pages of the file are read when rows are
+        rows = np.load(path, mmap_mode="c")  # pages are read when rows are: it may exceed memory
         assert len(rows) == n and rows.offset + rows.nbytes == path.stat().st_size, "other rows"
         return torch.from_numpy(rows)
 
-
-# ---- prepare -------------------------------------------------------------------------------------
-
 def prepare(images, device, affines=None):
     """uint8 images (B, 1, H, W) -> what networks read: (B, 3, H, W) floats, normalised, on device.
-    affines: (B, 2, 3) matrices in relative coordinates: the same ones serve two image sizes.
-    Rows of other arrays, logits and features, are only moved to the device."""
-    if images.dtype != torch.uint8:
+    affines: (B, 2, 3) matrices in relative coordinates: the same ones serve two image sizes."""
+    if images.dtype != torch.uint8:  # logits or features: they are only moved to the device
         return images.to(device).float()
     x = images.to(device, non_blocking=True).float()  # (B, 1, H, W), 0 to 255
     if affines is not None:
@@ -343,18 +288,10 @@ def prepare(images, device, affines=None):
     shift, scale = normalisation(device, MEAN, STD)
     return torch.addcmul(shift, x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
 
-
 @functools.cache
 def normalisation(device, mean, std):
     """(x / 255 - mean) / std as one product and one sum: shift + x * scale, copied once."""
     return (-mean / std).to(device), (1 / (255 * std)).to(device)
-
-
-def read_key():
-    """A fingerprint of what prepare makes of every grey: part of the keys of cached logits."""
-    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    return fingerprint(prepare(ramp, torch.device("cpu")).tolist())
-
 
 def random_affines(n, generator):
     """(n, 2, 3): a small rotation, zoom and shift an image. No flips: the heart has a side."""
@@ -363,9 +300,7 @@ def random_affines(n, generator):
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     return torch.stack([cos, -sin, 0.06 * across, sin, cos, 0.06 * down], dim=1).view(n, 2, 3)
 
-
 # ---- the three public sets with several findings an image, by their CSVs -------------------------
-
 CHESTXRAY14 = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule",
                "Pneumonia", "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis",
                "Pleural_Thickening", "Hernia"]  # in the order of its authors
@@ -376,14 +311,12 @@ PADCHEST = ["atelectasis", "cardiomegaly", "pleural effusion", "infiltrates", "m
             "pneumonia", "pneumothorax", "consolidation", "interstitial pattern", "emphysema",
             "pulmonary fibrosis", "pleural thickening", "hiatal hernia"]
 
-
 def known_csvs(root):
     """Of each known CSV in a folder: its path, what lists its images, its findings."""
     sets = (("Data_Entry_2017*.csv", list_chestxray14, CHESTXRAY14),
             ("valid.csv", list_chexpert, CHEXPERT), ("PADCHEST*.csv", list_padchest, PADCHEST))
     return [(path, *how) for pattern, *how in sets  # newest first: Data_Entry_2017_v2020.csv
             for path in sorted(root.glob(pattern), reverse=True)]
-
 
 def list_csv(path, list_rows, findings):
     """A record for every image that a CSV names and that is there."""
@@ -399,7 +332,6 @@ def list_csv(path, list_rows, findings):
         print_once(f"{n} images of the CSV are not in {path.parent}: left out")
     return found, findings
 
-
 def files_by_name(root):
     paths = [p for p in files_below(root, set()) if IMAGE_FILE.fullmatch(os.path.basename(p))]
     by_name = {os.path.basename(path): path for path in paths}
@@ -407,15 +339,12 @@ def files_by_name(root):
         raise UserError(f"Two images below {root} have the same name: keep one folder of images")
     return by_name
 
-
 def list_chestxray14(path):
-    """ChestX-ray14: findings separated by |. Its authors' lists name each image once: if they did
-    not, a list cut off would move test images into training."""
+    """ChestX-ray14: findings separated by |. Two lists name every image: if not, one is cut off."""
     paths = files_by_name(path.parent)
     with explain(f"test_list.txt and train_val_list.txt are expected beside {path}; fetch both"):
-        train, test = ((path.parent / f"{name}_list.txt").read_text().split()
-                       for name in ("train_val", "test"))
-    splits = dict.fromkeys(train, "train") | dict.fromkeys(test, "test")
+        splits = dict.fromkeys(path.with_name("train_val_list.txt").read_text().split(), "train")
+        splits |= dict.fromkeys(path.with_name("test_list.txt").read_text().split(), "test")
     for row in read_csv(path):
         id, found = row["Image Index"], row["Finding Labels"].split("|")
         assert row["Patient ID"] and {*found} <= {*CHESTXRAY14, "No Finding"}, row
@@ -424,11 +353,9 @@ def list_chestxray14(path):
         yield record(id, [float(name in found) for name in CHESTXRAY14], splits[id], paths.get(id),
                      row["Patient ID"])
 
-
 def list_chexpert(path):
-    """CheXpert: a column a finding, 1.0, 0.0, -1.0 (uncertain: unknown) or empty (not mentioned:
-    0). Side views are left out. Its published validation set, valid.csv, is our test set."""
-    values = {"": 0.0, "0.0": 0.0, "1.0": 1.0, "-1.0": math.nan}
+    """CheXpert: 1.0, 0.0, -1.0 (uncertain: unknown) or empty (0). Its valid.csv is our test set."""
+    values = {"": 0.0, "0.0": 0.0, "1.0": 1.0, "-1.0": torch.nan}
     for name, split in (("train.csv", "train"), ("valid.csv", "test")):
         for row in read_csv(path.with_name(name)):
             if row["Frontal/Lateral"] == "Frontal":
@@ -436,30 +363,24 @@ def list_chexpert(path):
                 yield record(id, [values[row[finding]] for finding in CHEXPERT], split,
                              os.path.join(path.parent, id.split("/", 1)[1]), PATIENT.search(id)[0])
 
-
 def list_padchest(path):
-    """PadChest: a Python list in a cell; 16-bit files, some of them negatives. Side views and
-    images without a report, or to "exclude" by it, are left out. There is no test split of its own:
-    a tenth of the patients, chosen by name, is held back."""
+    """PadChest: a Python list in a cell; 16-bit files, some negatives. Side views, images without a
+    report or to "exclude" are left out. A tenth of the patients, by name, is the test set."""
     paths = files_by_name(path.parent)
     for row in read_csv(path):
         id, patient = row["ImageID"], row["PatientID"]
         words = ast.literal_eval(row["Labels"] or "[]")
         assert patient and isinstance(words, list), f"{id}, PatientID {patient}, Labels {words}"
         found = [word.strip() for word in words if word]
-        frontal = row["Projection"] in ("PA", "AP", "AP_horizontal")
-        if frontal and found and "exclude" not in found:
+        if row["Projection"] in ("PA", "AP", "AP_horizontal") and found and "exclude" not in found:
             split = "test" if hash_fraction(f"test {patient}") < 0.1 else "train"
             yield record(id, [float(name in found) for name in PADCHEST], split, paths.get(id),
                          patient, row["PhotometricInterpretation_DICOM"] == "MONOCHROME1")
 
-
 # ---- phantoms: chest X-rays drawn here -----------------------------------------------------------
-
 PHANTOM_SOURCES = {"phantoms": ["NORMAL", "PNEUMONIA"],
                    "findings": ["OPACITY", "LARGE_HEART", "FLUID"]}  # several findings an image
 PHANTOMS = {"train": (640, 11), "val": (160, 12), "test": (600, 16)}  # images, seed
-
 
 def phantoms(n, size, seed):
     """n drawn chest X-rays: images (n, 1, size, size) uint8, labels (n,), masks (n, size, size).
@@ -467,7 +388,6 @@ def phantoms(n, size, seed):
     labels = torch.arange(n) % 2
     images, masks, _ = draw(n, size, seed, labels[:, None].float())
     return images, labels, masks
-
 
 def list_phantoms(source):
     records = []
@@ -481,13 +401,11 @@ def list_phantoms(source):
                            mtime=0, chance=chances[i]) for i in range(n)]  # no file but a seed
     return records
 
-
 def draw_blocks(records, size):
     """Yield one array (n, 2, size, size): the phantoms of a split, and 255 on their opacities."""
     shows = torch.tensor([r["shows"] for r in records]).float().view(len(records), -1)
     images, masks, _ = draw(len(records), size, records[0]["bytes"], shows)
     yield torch.cat([images, 255 * masks[:, None].to(torch.uint8)], 1).numpy()
-
 
 def draw(n, size, seed, findings):
     """images, masks of the opacities, masks of the lungs. findings: (n, 1 or 3) of 0 and 1."""
@@ -496,7 +414,6 @@ def draw(n, size, seed, findings):
              for i in progress(range(n), "drawing phantoms")]
     images, masks, lungs = (torch.stack(parts) for parts in zip(*drawn, strict=True))
     return images[:, None], masks, lungs
-
 
 def random_chests(n, seed, findings):
     """The shapes of n chests, {name: (n, ...)}: the same at every size, so that a teacher may see
@@ -522,7 +439,6 @@ def random_chests(n, seed, findings):
     chests["haze"] = uniform(-1, 1, 1, 12, 12)  # coarse noise, and fine noise like a detector's
     chests["grain"] = torch.randn(n, 1, 96, 96, generator=g)
     return chests
-
 
 def draw_chest(chest, size):
     """image (size, size) uint8, mask of the opacities, mask of the lungs, of one chest."""
@@ -554,58 +470,8 @@ def draw_chest(chest, size):
     image = chest["exposure"] * (image + spots.sum(0)) + 0.04 * haze + 0.04 * grain + 0.05
     return (255 * image.clamp(0, 1)).to(torch.uint8), mask, lungs > 0.5
 
-
-# ---- audit and download --------------------------------------------------------------------------
-
-def audit(source, classes=None):
-    """Count images and patients; say what would make a result on them less than it seems."""
-    records, names = list_images(source, classes)
-    patients = defaultdict(list)  # (split, column): the patient of each image
-    for r in records:
-        for k, name in [*enumerate(names), (-1, "UNLABELLED")]:
-            if r["label"] == k or isinstance(r["label"], list) and k >= 0 and r["label"][k] == 1:
-                patients[r["split"], name].append(r["group"])
-        patients[r["split"], "all"].append(r["group"])
-    columns = [*names, *["UNLABELLED"] * (("train", "UNLABELLED") in patients), "all"]
-    rows = [[split, *(f"{len(patients[split, c])} ({len({*patients[split, c]})})" for c in columns)]
-            for split in ("train", "val", "test") if (split, "all") in patients]
-    print("\n".join(aligned(["images (patients)", *columns], rows)), end="\n\n")
-    for split in ("train", "test"):
-        if missing := [name for name in names if not patients[split, name]]:
-            print(f"no {split} images of {', '.join(missing)}")
-    shared = {*patients["train", "all"]} & {*patients["test", "all"]}
-    print(f"patients in both train and test: {len(shared)}")
-
-
-def download(folder, url, sha256):
-    """Fetch, check, unpack. A file with another hash is never unpacked."""
-    folder = Path(folder).resolve()
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty. Choose a new folder to unpack into")
-    archive, unpacked = (folder.with_name(folder.name + end) for end in (".zip", ".unpacking"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with explain(f"{url} could not be fetched and unpacked; run the command again"):
-        torch.hub.download_url_to_file(url, str(archive), hash_prefix=sha256)
-        with zipfile.ZipFile(archive) as file:
-            file.extractall(unpacked)  # which strips absolute paths and .. from names
-    os.replace(unpacked, folder)
-    archive.unlink()
-    print(f"unpacked to {folder}; now  python data.py {folder}")
-
-
 # ---- small helpers that all scripts share --------------------------------------------------------
-
-# What reading a damaged or foreign file raises; a NameError or an ImportError is a mistake of ours.
-DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
-          AssertionError, SyntaxError, OverflowError, csv.Error, pickle.UnpicklingError,
-          tokenize.TokenError, zipfile.BadZipFile, HTTPException, Image.DecompressionBombError)
-
-
-@functools.cache
-def print_once(text):
-    """Print a text once a process: load(), called again at a teacher's size, would repeat it."""
-    print(text)
-
+print_once = functools.cache(print)  # load(), called again at a teacher's size, would repeat it
 
 def cli(main):
     """Call a script's main: a user's mistake is one line and exit code 1, ours a traceback."""
@@ -614,25 +480,22 @@ def cli(main):
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:  # a CPU's has no type of its own
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                or "DefaultCPUAllocator" in str(error)):
+        if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
             raise
         sys.exit("error: out of memory. Lower --batch-size or --size")
     except KeyboardInterrupt:
         sys.exit("stopped; train.py goes on from the epoch it saved last")
-
 
 @contextmanager
 def explain(sentence):
     """Make one UserError of what a damaged or foreign file raises inside the block."""
     try:
         yield
-    except UserError:
-        raise
-    except DAMAGE as error:
+    except (UserError, NameError, ImportError, ZeroDivisionError, MemoryError):
+        raise  # which no file raises: a mistake of ours keeps its traceback
+    except Exception as error:
         text = " ".join(str(error).split())[:150] or "no more is known"
         raise UserError(f"{sentence} ({type(error).__name__}: {text})") from error
-
 
 @contextmanager
 def atomic(path):
@@ -646,127 +509,84 @@ def atomic(path):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def progress(items, text, total=None, sums=None):
     """Pass `items` on; say on one line of a terminal, elsewhere once a minute, how far they are.
     sums: running sums on a device, of the losses of images first, and last of the images."""
     total = len(items) if total is None else total
-    start, terminal = time.perf_counter(), sys.stdout.isatty()
-    shown = start - 1 if terminal else start
-    try:
-        for done, item in enumerate(items):
-            now = time.perf_counter()
-            if now - shown > (0.5 if terminal else 60):
-                line, shown = f"{text}  {done}/{total}", now
-                if done and sums is not None:
-                    loss, *_, n = sums.tolist()
-                    line += f"  loss {loss / n:.2f}  {n / (now - start):.0f} images/s"
-                if done:
-                    minutes, seconds = divmod(round((now - start) / done * (total - done)), 60)
-                    line += f"  {minutes}:{seconds:02} left"
-                print(f"\r\033[K{line}" if terminal else f"{line}\n", end="", flush=True)
-            yield item
-    finally:
-        if terminal:
-            print("\r\033[K", end="", flush=True)
-
+    start = shown = time.perf_counter()
+    every, begin, end = (0.5, "\r\033[K", "") if sys.stdout.isatty() else (60, "", "\n")
+    for done, item in enumerate(items):
+        now = time.perf_counter()
+        if done and now - shown > every:
+            shown = now
+            loss, *_, n = [0, 0] if sums is None else sums.tolist()
+            speed = f"loss {loss / n:.2f}  {n / (now - start):.0f} images/s  " if n else ""
+            minutes, seconds = divmod(round((now - start) / done * (total - done)), 60)
+            line = f"{begin}{text}  {done}/{total}  {speed}{minutes}:{seconds:02} left"
+            print(line, end=end, flush=True)
+        yield item
+    print(begin, end="", flush=True)
 
 def mean(value):
     """Of several findings, leaving out those that could not be judged; of one figure itself."""
     return float(torch.as_tensor(value, dtype=torch.float64).nanmean())
 
-
-def aligned(header, rows):
-    """A table as lines of text, figures to the right. A cell may have several lines."""
-    rows = [[cell.split("\n") for cell in row] for row in [header, *rows]]
-    widths = [max(len(line) for row in rows for line in row[i]) for i in range(len(header))]
-    text = [""]
-    for row in rows:
-        for parts in zip_longest(*row, fillvalue=""):
-            cells = [f"{part:>{width}}" for part, width in zip(parts, widths, strict=True)]
-            cells[0] = f"{parts[0]:<{widths[0]}}"
-            text.append("  ".join(cells).rstrip())
-    return text
-
-
 def read_csv(path):
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
-    if not rows:
-        raise UserError(f"{path} is empty. Expected a header and rows; fetch or make it again")
+    assert rows, f"{path} is empty"
     return rows
-
-
-def write_csv(path, header, rows):
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
-
-
-def write_json(path, content):
-    content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # JSON has no NaN
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
-
-
-def write_picture(path, image):
-    """image (3, H, W) uint8, as a PNG."""
-    with atomic(path) as temporary:
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
-
-
-def outline(images, masks):
-    """images (N, 3, H, W) with an orange line around each mask (N, H, W)."""
-    inside = masks[:, None].float()
-    rim = F.max_pool2d(inside, 3, 1, 1) > inside  # pixels that touch a mask from outside
-    return images.where(~rim, torch.tensor([255, 90, 0], dtype=torch.uint8).view(3, 1, 1))
-
 
 def fingerprint(*facts):
     """16 hex digits that change when any of the facts does."""
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
-
-def origin(device):
-    """What a number came from: command, commit, versions and machine."""
-    git = subprocess.run("git describe --always --dirty --abbrev=12", shell=True, text=True,
-                         capture_output=True, cwd=Path(__file__).parent)
-    commit = git.stdout.strip() or "unknown"  # no repository, or no git on this machine
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return {"command": " ".join(sys.argv), "commit": commit, "torch": str(torch.__version__),
-            "device": cpu if "cuda" not in str(device) else torch.cuda.get_device_name(device)}
-
-
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The script's docstring as it was typed, then every flag with its default."""
 
+# ---- audit, download, the command line -----------------------------------------------------------
+def audit(source, classes=None):
+    """Count images and patients; say what would make a result on them less than it seems."""
+    records, names = list_images(source, classes)
+    patients = defaultdict(list)  # (split, column): the patient of each image
+    for r in records:
+        for k, name in [*enumerate(names), (-1, "UNLABELLED")]:
+            if r["label"] == k or isinstance(r["label"], list) and k >= 0 and r["label"][k] == 1:
+                patients[r["split"], name].append(r["group"])
+        patients[r["split"], "all"].append(r["group"])
+    columns = [*names, *["UNLABELLED"] * (("train", "UNLABELLED") in patients), "all"]
+    print("  ".join(f"{cell:>17}" for cell in ["images (patients)", *columns]))
+    for split in ("train", "val", "test"):
+        cells = [f"{len(patients[split, c])} ({len({*patients[split, c]})})" for c in columns]
+        print("  ".join(f"{cell:>17}" for cell in [split, *cells]))
+    for split in ("train", "test"):
+        if missing := [name for name in names if not patients[split, name]]:
+            print(f"no {split} images of {', '.join(missing)}")
+    shared = {*patients["train", "all"]} & {*patients["test", "all"]}
+    print(f"patients in both train and test: {len(shared)}")
 
-def usable_device(name):
-    """An argparse type: the name, if it is a CPU or a GPU that torch can use here."""
-    try:
-        torch.empty(0, device=name)
-        assert torch.device(name).type in ("cpu", "cuda"), "no other kind is tested"
-    except (RuntimeError, AssertionError) as error:
-        why = f"{name!r} is no device of this machine. Expected cpu, cuda or cuda:N ({error})"
-        raise argparse.ArgumentTypeError(" ".join(why.split())[:250]) from error
-    return name
-
-
-# ---- the command line ----------------------------------------------------------------------------
+def download(folder):
+    """Fetch, check, unpack. A file with another hash is never unpacked."""
+    folder = Path(folder).resolve()
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty. Choose a new folder to unpack into")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (explain(f"{URL} could not be fetched and unpacked; run the command again"),
+          TemporaryDirectory(dir=folder.parent) as work):
+        torch.hub.download_url_to_file(URL, f"{work}/set.zip", hash_prefix=SHA256)
+        shutil.unpack_archive(f"{work}/set.zip", f"{work}/set")  # no absolute paths, no ..
+        os.replace(f"{work}/set", folder)
+    print(f"unpacked to {folder}; now  python data.py {folder}")
 
 def main(argv=None):
-    p = argparse.ArgumentParser(usage="python data.py [DIR] [FLAGS]", description=__doc__,
-                                formatter_class=Help, allow_abbrev=False)
-    p.add_argument("source", nargs="?", metavar="DIR", help="a folder to audit, or phantoms")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    p.add_argument("folder", metavar="DIR", help="a folder to audit, or phantoms")
     p.add_argument("--classes", type=int, choices=[2, 3], help="3: normal, bacterial, viral")
-    p.add_argument("--download", metavar="DIR", help="fetch the public images into this new folder")
+    p.add_argument("--download", action="store_true", help="fetch the public set into a new folder")
     args = p.parse_args(argv)
-    if bool(args.source) == bool(args.download):
-        p.error("give a folder to audit, or --download and a new folder")
     if args.download:
-        download(args.download, URL, SHA256)
-    else:
-        audit(args.source, args.classes)
-
+        return download(args.folder)
+    audit(args.folder, args.classes)
 
 if __name__ == "__main__":
     cli(main)

@@ -4,22 +4,24 @@
     python evaluate.py runs/demo/teacher runs/demo/student-T1 --report --cam cams.png
     python evaluate.py runs/demo --json results/demo.json    and kept: the tables, every figure
 
-The table has a row for each run; runs that differ only in their seed share a row, with mean and
-standard deviation. Below a figure stands its 95 % interval. The last rows are student minus
-baseline. metrics.json in a run's folder holds every figure, predictions.csv every probability.
+A row of the table is a run, or several that differ in their seed: mean and standard deviation.
+Below a figure stands its 95 % interval. The last rows are student minus baseline. Class 1 is the
+positive one: sensitivity is the share of its images that are found, specificity the share of the
+others left alone. With more classes each is taken against the rest, then averaged.
 
-Class 1 is the positive one: sensitivity is the share of its images that are found, specificity the
-share of the others left alone. With more classes each is taken against the rest, then averaged.
-
-In this file: metrics and the bootstrap; runs and the table; reports and Grad-CAM pictures; the
-command line.
+In this order: metrics and the bootstrap; runs and the table; reports and Grad-CAM pictures; text
+and files; the command line.
 """
 
 import argparse
+import csv
 import json
 import math
+import platform
 import re
-from itertools import product
+import subprocess
+import sys
+from itertools import product, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +30,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
-from data import (Help, UserError, aligned, cli, decode, explain, load_as, mean, origin, outline,
-                  prepare, usable_device, write_csv, write_json, write_picture)
-from kd import mean_teacher
+from data import Help, UserError, atomic, cli, explain, load_as, mean, prepare
 from models import (as_read, cost, forward, grad_cam, last_maps, load_run, refuse_foreign,
                     run_file, state_of)
 
@@ -38,17 +38,13 @@ COLUMNS = ["auc", "accuracy", "specificity", "sensitivity", "ece"]
 MORE = ["precision", "f1", "loss"]  # with --report
 MIN_MAPS = 7  # last maps of fewer places a side say little about where a network looks
 
-
 # ---- metrics and the bootstrap -------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def predict(model, images, device, batch_size=64):
     """Logits (N, C) of images, or of rows of features where `model` is the end of a network."""
     model.eval()
     return torch.cat([forward(model, prepare(batch, device))[0].float().cpu()
                       for batch in images.split(batch_size)])
-
 
 def auc(scores, truth, weights):
     """Weighted area under the ROC curve (R,): how often a positive outscores a negative; ties count
@@ -60,14 +56,12 @@ def auc(scores, truth, weights):
     below = negatives.cumsum(1) - negatives
     return (positives * (below + negatives / 2)).sum(1) / (positives.sum(1) * negatives.sum(1))
 
-
 def calibration_error(confidence, correct, weights, bins=15):
     """Expected calibration error (R,): |confidence minus share of correct calls|, over the bins."""
     place = (confidence * bins).long().clamp(max=bins - 1)
     gaps = weights * (confidence - correct.double())
     sums = weights.new_zeros(len(weights), bins).index_add(1, place, gaps)
     return sums.abs().sum(1) / weights.sum(1)
-
 
 def measure(logits, labels, weights):
     """The metrics for R weightings of the images, weights (R, N): a dict of tensors (R,), or (R, K)
@@ -105,7 +99,6 @@ def measure(logits, labels, weights):
         "confusion": confusion,
     }
 
-
 def metrics(logits, labels, classes):
     """The metrics of all images as plain floats and lists: of findings a value each."""
     if not logits.isfinite().all():
@@ -113,7 +106,6 @@ def metrics(logits, labels, classes):
     figures = measure(logits, labels, torch.ones(1, len(labels)))
     figures["confusion"] = figures["confusion"].long()
     return {name: value[0].tolist() for name, value in figures.items()}
-
 
 def bootstrap_weights(groups, repeats=1000, seed=0):
     """(1 + repeats, N): first ones, for the figure itself; then how often each image is in each
@@ -125,7 +117,6 @@ def bootstrap_weights(groups, repeats=1000, seed=0):
     drawn.scatter_add_(1, draws, torch.ones_like(drawn))
     return torch.cat([torch.ones_like(drawn[:1]), drawn])[:, member]
 
-
 def over_seeds(runs):
     """(1 + R,): the mean over runs (S, 1 + R) that differ in their seed, and its bootstrap samples.
     For each the seeds too are drawn with replacement: another five seeds would have given another
@@ -134,17 +125,16 @@ def over_seeds(runs):
     draws = torch.randint(len(runs), shape, generator=generator)
     return torch.cat([runs[:, :1].mean(0), runs[:, 1:].gather(0, draws).mean(0)])
 
-
 def interval(samples):
     """The middle 95 % of the bootstrap samples (R, ...), leaving out those of one class."""
     return torch.nanquantile(samples.double(), torch.tensor([0.025, 0.975], dtype=torch.double), 0)
-
 
 def summary(runs):
     """{"mean", "sd", "low", "high"} over runs (S) that differ in their seed; sd is NaN for one run,
     low and high are the ends of the mean's interval, left out where there are no samples. runs: of
     each (1 + R,), the figure and its bootstrap samples; (1 + R, K) of findings."""
-    values = torch.stack([run.double().view(len(run), -1) for run in runs])  # (S, 1 + R, K)
+    runs = [torch.as_tensor(run, dtype=torch.double) for run in runs]
+    values = torch.stack([run.view(len(run), -1) for run in runs])  # (S, 1 + R, K)
     if values.shape[2] > 1:  # a finding that a sample leaves without a positive is left out of all
         values = values[..., ~values.isnan().any(0).any(0)]
     values = values.mean(2)  # (S, 1 + R)
@@ -154,21 +144,20 @@ def summary(runs):
         figure["low"], figure["high"] = interval(over_seeds(values)[1:]).tolist()
     return figure
 
-
 # ---- runs and the table --------------------------------------------------------------------------
-
-
 def find_runs(paths):
     """The best.pt of every run; a folder of runs stands for the runs in it."""
-    found = {path: [run_file(path)] if run_file(path).is_file() else
-             sorted(Path(path).glob("*/best.pt")) for path in paths}
-    missing = [path for path in paths if not found[path]]
-    if missing == paths:
+    found, missing = [], []
+    for path in paths:
+        best = run_file(path)
+        runs = [best] if best.is_file() else sorted(Path(path).glob("*/best.pt"))
+        found += runs
+        missing += [] if runs else [path]
+    if not found:
         raise UserError(f"no best.pt in {', '.join(paths)}. Name runs of train.py, or their folder")
     if missing:  # a run that was killed before its first save must not stop runs/demo/*
         print(f"no best.pt, or not yet, in {', '.join(missing)}: left out")
-    return [checkpoint for checkpoints in found.values() for checkpoint in checkpoints]
-
+    return found
 
 def judge(path, device, source, cache, loaded):
     """A run as a record. loaded: the data sets at hand, so that runs of one size share one."""
@@ -188,20 +177,17 @@ def judge(path, device, source, cache, loaded):
     figures = metrics(test, data.test.labels, data.classes)
     # The same samples for every run: differences between two runs are paired.
     samples = measure(test, data.test.labels, bootstrap_weights(data.test.groups))
-    z = test.double()  # of float32 many probabilities would be 1
     figures["interval"] = {k: interval(samples[k][1:]).tolist() for k in COLUMNS + MORE}
     return {"folder": path.parent, "facts": facts, "args": args, "made": made, "data": data,
             "cost": cost(model, facts["size"]), "test": test, "figures": figures,
             "samples": samples, "validation": metrics(val, data.val.labels, data.classes),
-            "p": z.sigmoid() if data.multilabel else z.softmax(1)}
-
+            "p": test.double().sigmoid() if data.multilabel else test.double().softmax(1)}
 
 def without(made, *names):
     """What made a run, less the keys `names` at every depth: its teachers have them too."""
     if isinstance(made, dict):
         return {key: without(value, *names) for key, value in made.items() if key not in names}
     return [without(value, *names) for value in made] if isinstance(made, list) else made
-
 
 def variants(records):
     """The runs in groups, one for each row: all that made them is equal but for the seeds."""
@@ -215,7 +201,6 @@ def variants(records):
                             f"flags: they would count as two seeds. Leave one out")
     return [list(by_seed.values()) for by_seed in groups.values()]
 
-
 def rows_and_gains(groups, score):
     """The table as plain values: a row for each group; and what distillation changed, students
     minus baselines, seed by seed on the same samples. `score` chose the epochs."""
@@ -225,7 +210,7 @@ def rows_and_gains(groups, score):
         rows.append({
             "title": re.sub(r"-seed\d+", "", name) if len(group) > 1 else name,
             "arch": group[0]["args"]["arch"], "runs": [str(r["folder"]) for r in group],
-            "validation": summary([torch.tensor([r["validation"][score]]) for r in group]),
+            "validation": summary([[r["validation"][score]] for r in group]),
             "figures": {k: summary([r["samples"][k] for r in group]) for k in COLUMNS + MORE}})
     for (i, students), (j, baselines) in product(enumerate(groups), repeat=2):
         pairs = [(s["samples"], b["samples"]) for s in students for b in baselines
@@ -237,11 +222,9 @@ def rows_and_gains(groups, score):
                           "pairs": len(pairs), "students": len(students), "figures": figures})
     return rows, gains
 
-
 def short(name, width=34):
     """A name of at most `width` letters: an ellipsis stands for the middle of a longer one."""
     return name if len(name) <= width else f"{name[: (width - 1) // 2]}…{name[-(width // 2) :]}"
-
 
 def cell(figure, column="", sign=""):
     """Mean ± standard deviation, and in a second line the interval; in percent but the loss."""
@@ -249,7 +232,6 @@ def cell(figure, column="", sign=""):
     middle, sd, *ends = (f"{unit * value:{sign}.{digits}f}" for value in figure.values())
     text = middle if math.isnan(figure["sd"]) else f"{middle} ± {sd.lstrip('+')}"
     return f"{text}\n[{' '.join(ends)}]" if ends else text
-
 
 def floor_row(data, columns):
     """What a network would reach that always says the same: the commonest class, or no finding."""
@@ -260,7 +242,6 @@ def floor_row(data, columns):
     floor = metrics(logits, data.test.labels, data.classes)
     return [title, "", *("" if k in ("ece", "loss") else f"{100 * mean(floor[k]):.1f}"
                          for k in columns)]
-
 
 def table(groups, rows, gains, columns, score):
     """Lines of text: always the same, a row for each group, then what distillation changed."""
@@ -277,8 +258,7 @@ def table(groups, rows, gains, columns, score):
                       *(cell(gain["figures"][k], k, "+") for k in columns)])
     return aligned([f"{n} test images, %", f"validation\n{score}", *columns], lines)
 
-
-def notes(groups, rows, records):
+def notes(records):
     """The sentences below the table."""
     multilabel, classes = records[0]["data"].multilabel, records[0]["data"].classes
     if len(classes) == 2 and not multilabel:
@@ -291,28 +271,8 @@ def notes(groups, rows, records):
     n = min(len(r["data"].val.labels) for r in records)
     if n < 50 and not multilabel:
         yield f"{n} validation images: their accuracy moves in steps of {100 / n:.1f} points"
-    by_hash = {r["facts"]["sha256"]: r["test"] for r in records}
-    for group, row in zip(groups, rows, strict=True):
-        share = 100 * sum(agreement(r, by_hash, multilabel) for r in group) / len(group)
-        if not math.isnan(share):
-            yield (f"{row['title']} agrees with its teacher on {share:.1f} % of the "
-                   f"{'findings' if multilabel else 'images'}")
-
-
-def agreement(student, by_hash, multilabel):
-    """The share of images (or findings) on which a student calls what its teachers call together;
-    NaN where their logits are not all there, {hash of the checkpoint: logits}."""
-    hashes = [teacher["sha256"] for teacher in student["made"]["teachers"]]
-    if not hashes or not by_hash.keys() >= set(hashes):
-        return math.nan
-    taught = mean_teacher([by_hash[sha256] for sha256 in hashes], student["args"]["T"], multilabel)
-    calls = [z > 0 if multilabel else z.argmax(1) for z in (student["test"], taught)]
-    return (calls[0] == calls[1]).double().mean().item()
-
 
 # ---- reports and Grad-CAM pictures ---------------------------------------------------------------
-
-
 def grid(groups):
     """Teachers down, students across: train, validation and test accuracy, means over seeds (± of
     test). Training accuracy is the loop's own: dropout on, weights still moving."""
@@ -326,8 +286,8 @@ def grid(groups):
              mean(r["figures"]["accuracy"])) for r in group], dtype=torch.float64)  # (S, 3)
         text = " / ".join("n/a" if value.isnan() else f"{value:.1f}" for value in values.mean(0))
         text += f" ± {values[:, 2].std():.1f}" if len(group) > 1 else ""
-        if args["role"] == "student":  # a cell may hold several settings
-            text = f"T {args['T']:g}, alpha {args['alpha']:g}: {text}"
+        setting = f"T {args['T']:g}, alpha {args['alpha']:g}"  # a cell may hold several
+        text = f"{setting if args['role'] == 'student' else args['role']}: {text}"
         student = args["arch"] + state_of(group[0]["folder"], facts)
         row = cells.setdefault(teacher, {})
         row[student] = f"{row[student]}\n{text}" if student in row else text
@@ -335,7 +295,6 @@ def grid(groups):
     return aligned(["train / val / test accuracy", *students],
                    [[teacher, *(row.get(student, "") for student in students)]
                     for teacher, row in cells.items()])
-
 
 def report(confusion, classes):
     """Precision, recall, F1 and support of each class, their means; below, the confusion matrix."""
@@ -351,7 +310,6 @@ def report(confusion, classes):
     return text + aligned(["images called", *classes], [
         [name, *map(str, row)] for name, row in zip(classes, confusion, strict=True)])
 
-
 def findings(groups, rows):
     """The AUC of every finding, and what each network is made of."""
     lines, data = [], groups[0][0]["data"]
@@ -362,11 +320,9 @@ def findings(groups, rows):
         lines.append([finding + " (too rare for the mean)" * rare,
                       f"{int(truth.nansum())} of {int((~truth.isnan()).sum())}",
                       *(cell(summary(group)) for group in runs)])
-    for title, key, unit in (("parameters, M", "parameters", 1e6),
-                             ("multiply-adds, G", "multiply_adds", 1e9)):
-        lines.append([title, "", *(f"{group[0]['cost'][key] / unit:.2f}" for group in groups)])
+    sizes = [f"{group[0]['cost']['parameters'] / 1e6:.2f}" for group in groups]
+    lines.append(["parameters, M", "", *sizes])
     return aligned(["AUC, %", "positives", *(short(row["title"]) for row in rows)], lines)
-
 
 def show_cams(path, records, device, n=6):
     """Grad-CAM of n test images that show something: one a patient, the classes in turn, those
@@ -396,7 +352,6 @@ def show_cams(path, records, device, n=6):
         columns.append((heat, [r["folder"].name] * len(chosen), texts))
     draw_cams(path, columns)
 
-
 def heat_over(folder, images, targets, device):
     """images (N, 1, H, W) with heat over what speaks for targets (N,); None if maps are coarse."""
     model, x = load_run(folder)[0].to(device), prepare(images, device)
@@ -406,7 +361,6 @@ def heat_over(folder, images, targets, device):
     heat = grad_cam(model, x, targets.to(device))[:, None].cpu()
     # No heat leaves the image as it is. Yellow is brighter than tissue, also on grey paper.
     return images + 0.6 * heat * (torch.tensor([255.0, 200, 0]).view(1, 3, 1, 1) - images)
-
 
 def draw_cams(path, columns, side=224, strip=16):
     """A PNG of columns (images (N, 3, H, W) or None, N texts above them, N texts below)."""
@@ -426,30 +380,57 @@ def draw_cams(path, columns, side=224, strip=16):
         write_picture(path, make_grid(tiles, nrow=len(columns), padding=3))
     print(f"Grad-CAM: {path}")
 
+# ---- tables as text, files, where a number came from --------------------------------------------
+def aligned(header, rows):
+    """A table as lines of text, figures to the right. A cell may have several lines."""
+    rows = [[cell.split("\n") for cell in row] for row in [header, *rows]]
+    widths = [max(len(line) for row in rows for line in row[i]) for i in range(len(header))]
+    text = [""]
+    for row in rows:
+        for parts in zip_longest(*row, fillvalue=""):
+            cells = [f"{part:>{width}}" for part, width in zip(parts, widths, strict=True)]
+            cells[0] = f"{parts[0]:<{widths[0]}}"
+            text.append("  ".join(cells).rstrip())
+    return text
 
-def read_image(path, checkpoints, cam, device):
-    """What every run says of one image that no data set holds, and where it looked."""
-    columns = []
-    for checkpoint in checkpoints:
-        model, facts = load_run(checkpoint)
-        image, folder = decode(path, facts["size"])[None], checkpoint.parent
-        model.to(device, memory_format=torch.channels_last)
-        z = predict(model, image, device)[0]
-        p = (z.sigmoid() if facts["multilabel"] else z.softmax(0)).tolist()
-        texts = [f"{k} {100 * v:.1f} %" for k, v in zip(facts["classes"], p, strict=True)]
-        print(f"{folder.name}: {', '.join(texts)}")
-        if cam:  # each run's own call, and the heat that speaks for it
-            call = p.index(max(p))
-            columns = columns or [(image.expand(-1, 3, -1, -1), [Path(path).name], [""])]
-            heat = heat_over(folder, image, torch.tensor([call]), device)
-            columns.append((heat, [folder.name], [texts[call]]))
-    if cam:
-        draw_cams(cam, columns)
+def write_csv(path, header, rows):
+    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
+def write_json(path, content):
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # JSON has no NaN
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
+
+def write_picture(path, image):
+    """image (3, H, W) uint8, as a PNG."""
+    with atomic(path) as temporary:
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+
+def outline(images, masks):
+    """images (N, 3, H, W) with an orange line around each mask (N, H, W)."""
+    inside = masks[:, None].float()
+    rim = F.max_pool2d(inside, 3, 1, 1) > inside  # pixels that touch a mask from outside
+    return images.where(~rim, torch.tensor([255, 90, 0], dtype=torch.uint8).view(3, 1, 1))
+
+def origin(device):
+    """What a number came from: command, commit, versions and machine."""
+    git = subprocess.run("git describe --always --dirty --abbrev=12", shell=True, text=True,
+                         capture_output=True, cwd=Path(__file__).parent)
+    commit = git.stdout.strip() or "unknown"  # no repository, or no git on this machine
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {"command": " ".join(sys.argv), "commit": commit, "torch": str(torch.__version__),
+            "device": cpu if "cuda" not in str(device) else torch.cuda.get_device_name(device)}
+
+def usable_device(name):
+    """An argparse type: the name of a CPU or GPU that torch can use here."""
+    kind, _, number = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or int(number or 0) >= torch.cuda.device_count()):
+        raise argparse.ArgumentTypeError(f"{name} is no device of this machine. Expected cpu, or "
+                                         f"cuda or cuda:N where there is a GPU")
+    return name
 
 # ---- the command line ----------------------------------------------------------------------------
-
-
 def write_run(record, device):
     """metrics.json, which is returned, and predictions.csv, a line an image."""
     data, facts, n = record["data"], record["facts"], len(record["test"])
@@ -460,16 +441,14 @@ def write_run(record, device):
         "trained_by": facts["provenance"], "judged_by": origin(device)}
     header = [f"label {name}" for name in data.classes] if data.multilabel else ["label"]
     cells = [data.test.ids, data.test.groups, *data.test.labels.view(n, -1).T.tolist(),
-             *record["p"].T.tolist()]
-    with explain(f"{record['folder']}/metrics.json could not be written"):
+             *record["p"].T.tolist()]  # from float64: in float32 many would be 1
+    header = ["image", "patient", *header, *data.classes]
+    with explain(f"metrics.json or predictions.csv of {record['folder']} could not be written"):
         write_json(record["folder"] / "metrics.json", content)
-    with explain(f"{record['folder']}/predictions.csv could not be written"):
-        write_csv(record["folder"] / "predictions.csv",
-                  ["image", "patient", *header, *data.classes], zip(*cells, strict=True))
+        write_csv(record["folder"] / "predictions.csv", header, zip(*cells, strict=True))
     return content
 
-
-def get_args(argv=None):
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     p.add_argument("runs", nargs="+", metavar="RUN", help="runs of train.py, or folders of runs")
     p.add_argument("--data", help="where the images are now, if they were moved after training")
@@ -477,21 +456,11 @@ def get_args(argv=None):
     p.add_argument("--grid", action="store_true", help="a table, teachers down and students across")
     p.add_argument("--json", metavar="FILE", help="the tables and every run's figures in one file")
     p.add_argument("--cam", metavar="FILE.png", help="Grad-CAM: a row an image, a column a run")
-    p.add_argument("--image", metavar="FILE", help="read this JPEG or PNG and nothing else")
     p.add_argument("--device", type=usable_device, help="cpu, cuda or cuda:N",
                    default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--cache", default="cache", help="folder of decoded images; may be deleted")
-    args = p.parse_args(argv)
-    if args.cam and args.cam == args.image:
-        p.error("--cam would overwrite the --image: name another file")
-    return args
-
-
-def main(argv=None):
-    args, loaded = get_args(argv), {}
+    args, loaded = p.parse_args(argv), {}
     checkpoints = find_runs(args.runs)
-    if args.image:
-        return read_image(args.image, checkpoints, args.cam, args.device)
     records = [judge(path, args.device, args.data, args.cache, loaded) for path in checkpoints]
     data = records[0]["data"]
     if len({(*r["data"].classes, r["data"].fingerprints["test"]) for r in records}) > 1:
@@ -502,7 +471,7 @@ def main(argv=None):
     for columns in (COLUMNS, MORE) if args.report else (COLUMNS,):
         text += table(groups, rows, gains, columns, score)
     text += findings(groups, rows) if data.multilabel else []
-    text += ["", *notes(groups, rows, records)]
+    text += ["", *notes(records)]
     for r in records if args.report and not data.multilabel else []:
         text += [f"\n{r['folder']}: best on validation in epoch {r['facts']['epoch']}",
                  *report(r["figures"]["confusion"], data.classes)]
@@ -515,7 +484,6 @@ def main(argv=None):
           + (f", {args.json}" if args.json else "; --json FILE keeps the tables"))
     if args.cam:
         show_cams(args.cam, records, args.device)
-
 
 if __name__ == "__main__":
     cli(main)

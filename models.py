@@ -39,17 +39,12 @@ AUX_MIN_SIZE = {"inception_v3": 299, "googlenet": 64}
 AUX_WEIGHT = {"inception_v3": 0.4, "googlenet": 0.3}  # in the loss, from the networks' own papers
 AUX_NAMES = ("AuxLogits", "aux1", "aux2")  # with which the names of their layers begin
 
-
 # ---- a network with a new head -------------------------------------------------------------------
-
-
 def build(arch, num_classes, size=None, weights="none", reads="image"):
     """A network with a new, randomly initialised head of `num_classes` outputs.
-
     weights: "none" (random), "imagenet" (torchvision's) or a file: a checkpoint of ours or a plain
     state_dict of the same network. size: the images' side in pixels, refused if it is impossible.
-    reads: the image, or its noise residuals ("residual").
-    """
+    reads: the image, or its noise residuals ("residual")."""
     aux = arch in AUX_MIN_SIZE and (size is None or size >= AUX_MIN_SIZE[arch])
     model = bare_network(arch, aux)
     replace_heads(model, num_classes)
@@ -65,7 +60,6 @@ def build(arch, num_classes, size=None, weights="none", reads="image"):
         with torch.no_grad(), explain(why):
             model.eval()(torch.zeros(1, 3, size, size))
     return model.train()
-
 
 def bare_network(arch, aux):
     """The network as its authors made it: 1000 outputs, random weights."""
@@ -83,7 +77,6 @@ def bare_network(arch, aux):
             layer.momentum = 0.1  # its 0.0003, meant for ImageNet's long epochs, hardly moves here
     return model
 
-
 def replace_heads(model, num_classes):
     """Exchange the layers with 1000 outputs: the auxiliary heads, and last the classifier, which
     torchvision calls fc, classifier.6 or heads.head; SqueezeNet's is a 1x1 convolution."""
@@ -98,22 +91,17 @@ def replace_heads(model, num_classes):
                else nn.Conv2d(old.in_channels, num_classes, old.kernel_size))
         model.set_submodule(name, new)
 
-
 def forward(model, images):
     """logits (B, C), and a list of the auxiliary heads' logits (empty in eval mode, and mostly)."""
     out = model(as_read(model, images))
     if isinstance(out, torch.Tensor):
         return out.flatten(1), []  # flatten: SqueezeNet ends in 1x1 maps
-    return out[0], [aux for aux in out[1:] if aux is not None]
-
+    return out[0], list(out[1:])
 
 def freeze(model, finetune):
     """Returns the trainable part, a submodule of the model: "all" of it, the "fc" block around the
-    head (three layers in AlexNet and VGG, the head itself in most), or the new "head" alone.
-
-    The rest is put in eval mode: even without gradients BatchNorm would move its averages, and
-    dropout would drop.
-    """
+    head (three layers in AlexNet and VGG, the head itself in most), or the new "head" alone. The
+    rest is put in eval mode: even without gradients BatchNorm would move its averages."""
     if finetune == "all":
         return model
     head = model.get_submodule(model.head_names[-1])
@@ -123,13 +111,11 @@ def freeze(model, finetune):
     model.requires_grad_(False).eval()
     return (block if takes_block else head).requires_grad_(True)
 
-
 def initialise_anew(trainable):
     """Random weights for the fully connected layers, as arXiv 2406.08837 has it in AlexNet."""
     for layer in trainable.modules():
         if isinstance(layer, nn.Linear):
             layer.reset_parameters()
-
 
 @torch.no_grad()
 def features(model, trainable, images):
@@ -139,15 +125,12 @@ def features(model, trainable, images):
         forward(model, images)  # the trainable part runs too: little beside the rest
     return caught[0]
 
-
 # ---- checkpoints ---------------------------------------------------------------------------------
-
 # What train.py adds to a network's own facts, and the flags that evaluate.py reads.
 RUN_FACTS = {"args", "classes", "multilabel", "made", "seen_groups", "provenance", "taught_by",
-             "epoch", "train_accuracy", "validation"}
+             "epoch", "train_accuracy", "validation", "size"}
 RUN_FLAGS = {"role", "arch", "data", "T", "alpha", "seed", "epochs", "stop_at", "label_smoothing",
              "per_class", "labels_per_class", "classes", "val_fraction", "wrong_labels"}
-
 
 def save_checkpoint(path, model, weights=True, **facts):
     """Weights, and whatever is needed to rebuild the network and to judge it: plain values only."""
@@ -156,7 +139,6 @@ def save_checkpoint(path, model, weights=True, **facts):
     with (explain(f"{path} could not be written; make room, and repeat the command"),
           atomic(path) as temporary, open(temporary, "wb") as file):
         torch.save(content, file)  # given a name, it would write that name into the file
-
 
 def load_checkpoint(path):
     """model, facts: the network rebuilt from its own facts, in eval mode and without gradients."""
@@ -173,15 +155,13 @@ def load_checkpoint(path):
         model.facts = facts
     return model.eval().requires_grad_(False), facts
 
-
 def load_run(path):
     """The same for a checkpoint that train.py made, with all that its users read."""
     model, facts = load_checkpoint(path)
-    missing = RUN_FACTS - facts.keys() | RUN_FLAGS - {*facts.get("args", ())}
+    missing = RUN_FACTS - facts.keys() | RUN_FLAGS - {*(facts.get("args") or ())}
     if missing:
         raise UserError(f"{path} was not made by train.py: {', '.join(sorted(missing))} is missing")
     return model, facts
-
 
 def read_weights(path):
     """A checkpoint of ours as it was saved, or {"model": a plain state_dict}; and the "sha256" of
@@ -194,11 +174,9 @@ def read_weights(path):
         assert all(isinstance(name, str) for name in content["model"]), "its tensors have no names"
         return {**content, "sha256": hashlib.sha256(raw).hexdigest()}
 
-
 def run_file(path):
     """A run's folder stands for its best.pt."""
     return Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
-
 
 def existing_file(path):
     path = run_file(path)
@@ -206,22 +184,16 @@ def existing_file(path):
         raise UserError(f"No such file: {path}. Train that run first, or name another")
     return path
 
-
 def refuse_foreign(path, facts, data):
-    """A network must know the classes, and not have learned from the patients who judge it."""
-    refuse_leak(path, facts["seen_groups"], data)
-    if facts["classes"] != data.classes:
+    """A network must know the classes; and neither it, nor its teachers and first weights, may have
+    learned from the patients that judge it or its student."""
+    if facts.get("classes", data.classes) != data.classes:
         raise UserError(f"{path} was trained on the classes {facts['classes']}, {data.source} has "
                         f"{data.classes}. Give the images it was trained for with --data")
-
-
-def refuse_leak(path, groups, data):
-    """groups: the patients that a network, its teachers and its first weights have learned from."""
-    if seen := set(groups) & {*data.val.groups, *data.val.ids, *data.test_groups}:
+    if seen := {*facts["seen_groups"]} & {*data.val.groups, *data.val.ids, *data.test_groups}:
         raise UserError(f"{path} has learned from {min(seen)}, by whom it or its student is to be "
                         f"judged in {data.source}. Give other images, or the --data, "
                         f"--val-fraction and names of patients (PATIENT) of its training")
-
 
 def state_of(folder, facts):
     """What a table or a student must know of a run: ", stopped at 0.5" of a defective teacher, ",
@@ -233,42 +205,37 @@ def state_of(folder, facts):
     done = history.read_bytes().count(b"\n") - 1 if history.exists() else 0
     return "" if done >= epochs else f", epoch {done} of {epochs}"
 
-
 # ---- weights from elsewhere ----------------------------------------------------------------------
-
-
 def imagenet_weights(arch):
     """torchvision's, in $TORCH_HOME/hub/checkpoints. Its own builder fetches them, and renames what
-    an old file calls otherwise."""
-    plain = arch.removeprefix("se")  # an SE-ResNet starts from the ResNet's weights
+    an old file calls otherwise. An SE-ResNet starts from the ResNet's weights."""
+    plain = arch.removeprefix("se")
     with explain(f"torchvision has no ImageNet weights of {arch}; use --weights none or a file"):
         kinds = torchvision.models.get_model_weights(plain)
         kind = getattr(kinds, "IMAGENET1K_V1", kinds.DEFAULT)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / kind.url.rsplit("/", 1)[1]
+    path = Path(torch.hub.get_dir(), "checkpoints", kind.url.rsplit("/", 1)[1])
     with (explain(f"{kind.url} could not be fetched or is damaged. Put that file at {path}, or "
                   f"start from random weights: --weights none --finetune all"),
           torch.random.fork_rng(devices=[])):  # the builder draws random weights before it loads
-        return {"model": torchvision.models.get_model(plain, weights=kind).state_dict(),
-                "sha256": kind.url}
-
+        model = torchvision.models.get_model(plain, weights=kind)
+    return {"model": model.state_dict(), "sha256": kind.url}
 
 def load_first_weights(model, weights):
-    """Load everything but the heads; those of a run of ours are kept where they fit."""
+    """Load everything but the heads; those of a run of ours too, where they fit."""
     arch, reads = model.facts["arch"], model.facts["input"]
     content = imagenet_weights(arch) if weights == "imagenet" else read_weights(weights)
     state, own = content["model"], model.state_dict()
     heads = tuple(f"{name}." for name in model.head_names)
     with explain(f"{weights} does not hold the weights of {arch}; give a file of this --arch"):
+        run = content.get("facts", {})
         for name in [name for name in state if name.startswith(heads)]:
-            if name not in own or state[name].shape != own[name].shape:
+            if not run or name not in own or state[name].shape != own[name].shape:
                 del state[name]  # in place: torchvision reads a version noted in this very dict
         missing, unexpected = model.load_state_dict(state, strict=False)
         wrong = [name for name in missing + unexpected if not (
             name.startswith((*heads, *AUX_NAMES))  # auxiliary heads, which small images do without
-            or name.endswith("num_batches_tracked")  # a counter that old files do not have
             or (arch in NETWORKS and ".se." in name))]  # what a ResNet does not have
         assert not wrong, f"{len(wrong)} names differ, such as {wrong[0]}"
-        run = content.get("facts", {})
         # ImageNet's Inception and GoogLeNet learned on (x - 0.5) / 0.5, not on ImageNet's mean and
         # deviation: with this flag, which no state_dict holds, they convert their input.
         model.transform_input = run.get("transform_input", arch in AUX_MIN_SIZE)
@@ -278,10 +245,7 @@ def load_first_weights(model, weights):
         if run.get("input", reads) != reads:
             raise UserError(f"{weights} reads the --input {run['input']}: add that flag")
 
-
 # ---- SE-ResNets, noise residuals, cost -----------------------------------------------------------
-
-
 class SEBottleneck(Bottleneck):
     """ResNet's block, each of its channels then weighed by what the block saw in the whole image
     (squeeze and excitation, Hu et al. 2018)."""
@@ -297,24 +261,19 @@ class SEBottleneck(Bottleneck):
         x = self.relu(self.bn2(self.conv2(x)))
         return self.relu(self.se(self.bn3(self.conv3(x))) + shortcut)
 
-
 # Networks that torchvision lacks, made with 1000 outputs. Add your own: --arch takes its name.
 NETWORKS = {"seresnet50": lambda: ResNet(SEBottleneck, [3, 4, 6, 3]),
             "seresnet101": lambda: ResNet(SEBottleneck, [3, 4, 23, 3])}
-
 
 def as_read(model, images):
     """The images themselves, or their noise residuals for a network that was trained on those."""
     facts = getattr(getattr(model, "module", model), "facts", {})  # .module: DDP's, around ours
     return residuals(images) if facts.get("input") == "residual" else images
 
-
 def residuals(images):
     """Noise residuals (SRM, Fridrich & Kodovsky 2012; arXiv 2406.08837): (B, 3, H, W) in [-1, 1].
-
     Predicted minus pixel, divided by c, rounded and cut at 2. The pixel is predicted by one
-    neighbour (c = 1) or two opposite ones (c = 3), the least of all directions, or by all (c = 6).
-    """
+    neighbour (c = 1) or two opposite ones (c = 3), the least of all directions, or all (c = 6)."""
     x = (255 * (images[:, :1] * STD[0] + MEAN[0])).round()  # grey levels again, free of noise
     wide = F.pad(x, (1, 1, 1, 1), mode="replicate")
     up, down = wide[..., :-2, 1:-1], wide[..., 2:, 1:-1]
@@ -325,7 +284,6 @@ def residuals(images):
     square = 2 * (right + left + up + down) - corners - 4 * x
     return torch.cat([first, second / 3, square / 6], dim=1).round().clamp(-2, 2) / 2
 
-
 def reading_key(model):
     """A fingerprint of what the network is shown of a probe image: caches of logits and features
     are made anew where `prepare`, its constants or the residuals change."""
@@ -333,13 +291,9 @@ def reading_key(model):
     shown = as_read(model, prepare(probe, torch.device("cpu")))
     return fingerprint(shown.tolist(), model.facts["transform_input"])
 
-
 def cost(model, size):
-    """Parameters (auxiliary heads' apart), multiply-adds of one image, depth, megabytes of weights.
-
-    Multiply-adds are half the operations that FlopCounterMode counts: convolutions and matrix
-    products, as in torchvision's figures. Depth is the number of Conv2d and Linear layers.
-    """
+    """Parameters (auxiliary heads' apart), multiply-adds of one image (half the operations that
+    FlopCounterMode counts), depth (number of Conv2d and Linear layers), megabytes of weights."""
     was_training = model.training
     model.eval()  # so that auxiliary heads do not run
     device = next(model.parameters()).device
@@ -350,18 +304,12 @@ def cost(model, size):
     auxiliary = sum(p.numel() for name, p in model.named_parameters() if name.startswith(AUX_NAMES))
     layers = [name for name, layer in model.named_modules()
               if isinstance(layer, (nn.Conv2d, nn.Linear)) and not name.startswith(AUX_NAMES)]
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()) - auxiliary,
-        "auxiliary_parameters": auxiliary,
-        "multiply_adds": counter.get_total_flops() // 2,
-        "depth": len(layers),
-        "megabytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6,
-    }
-
+    size_in_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return {"parameters": sum(p.numel() for p in model.parameters()) - auxiliary,
+            "auxiliary_parameters": auxiliary, "multiply_adds": counter.get_total_flops() // 2,
+            "depth": len(layers), "megabytes": size_in_bytes / 1e6}
 
 # ---- Grad-CAM: where a network looked ------------------------------------------------------------
-
-
 def last_maps(model, images):
     """The last layer whose output still has a place for every part of the image, pooling aside;
     and how many places a side."""
@@ -379,15 +327,12 @@ def last_maps(model, images):
         raise UserError("Grad-CAM needs maps, and no late layer of this network has any")
     return order[-1]
 
-
 def grad_cam(model, images, target, layer=None):
     """Grad-CAM (Selvaraju et al. 2017): heat (N, H, W) in [0, 1] over what speaks for the target.
 
         heat = ReLU(sum_k a_k A_k),  a_k: mean gradient of the target's logit over the map A_k
 
-    images (N, 3, H, W) as the model reads them; target: a class, or one for each image (N,). Where
-    nothing speaks for the target, the heat is 0 everywhere.
-    """
+    images (N, 3, H, W) as the model reads them; target: a class, or one for each image (N,)."""
     caught = []
 
     def keep(module, inputs, out):

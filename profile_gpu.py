@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import Help, UserError, aligned, cli, origin, prepare, progress, usable_device, write_json
-from evaluate import predict
+from data import Help, cli, prepare, progress
+from evaluate import aligned, origin, predict, usable_device, write_json
 from models import AUX_WEIGHT, build, cost, forward
 
 NATIVE = {"inception_v3": 299}  # the side of the images a network was made for; others 224
@@ -35,15 +35,10 @@ PAPER = {  # arXiv 2406.08837, Tables I and V: shown in brackets beside ours
                      "GB allocated": 3.54, "GPU busy %": 95.96, "hours": 0.81},
 }
 
-
 # ---- instruments ---------------------------------------------------------------------------------
-
-
 def interleaved(calls, device, rounds):
     """{name: [seconds, ...]}: after one round to warm up, every call once a round, there and back.
-
-    A machine that slows down for a while then slows all of them.
-    """
+    A machine that slows down for a while then slows all of them."""
     times = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name in list(calls)[:: 1 if i % 2 else -1]:
@@ -53,7 +48,6 @@ def interleaved(calls, device, rounds):
                 torch.cuda.synchronize(device)  # a call returns before the GPU has finished
             times[name].append(time.perf_counter() - start)
     return {name: spent[1:] for name, spent in times.items()}
-
 
 def gpu_usage(call, device):
     """Peak GB allocated, and the GPU's seconds in kernels; None without a GPU."""
@@ -68,10 +62,7 @@ def gpu_usage(call, device):
                if not event.is_user_annotation) / 1e6  # an annotation spans kernels counted already
     return torch.cuda.max_memory_allocated(device) / 1e9, busy
 
-
 # ---- what is measured ----------------------------------------------------------------------------
-
-
 def network(arch, size):
     """Table I: what the published network is made of, with its 1000 classes."""
     c = cost(build(arch, 1000, size), size)
@@ -79,10 +70,8 @@ def network(arch, size):
             "auxiliary M": c["auxiliary_parameters"] / 1e6,
             "multiply-adds M": c["multiply_adds"] / 1e6, "MB": c["megabytes"]}
 
-
 def random_images(n, size, device):
     return torch.randint(0, 256, (n, 1, size, size), dtype=torch.uint8, device=device)
-
 
 def make_epoch(arch, size, args, device):
     """A model, its optimizer, images, labels, and epoch(teachers), fed as train.py feeds it."""
@@ -101,7 +90,6 @@ def make_epoch(arch, size, args, device):
 
     return model, optimizer, images, labels, epoch
 
-
 def training(arch, size, args, device):
     """Table V: speed, memory and GPU use of an epoch in which all layers learn."""
     *_, epoch = make_epoch(arch, size, args, device)
@@ -114,7 +102,6 @@ def training(arch, size, args, device):
             "images/s": n / wall, "GPU s per 1000 images": busy and 1000 * busy / n,
             "epochs": epochs, "hours": epochs * IMAGES * wall / n / 3600}
 
-
 def inference(arch, size, args, device):
     """Latency of one image and throughput of many, from bytes to logits."""
     model = build(arch, 1000, size).to(device, memory_format=torch.channels_last)
@@ -124,7 +111,6 @@ def inference(arch, size, args, device):
     times = interleaved(calls, device, args.rounds)
     return {"median ms": 1e3 * median(times["one"]), "images/s": args.many / median(times["many"]),
             "GB allocated": gpu_usage(calls["many"], device)[0]}
-
 
 def distillation(sizes, args, device):
     """A step of training, four ways, and their ratios to the bare loop."""
@@ -149,14 +135,12 @@ def distillation(sizes, args, device):
     times = interleaved({"a bare loop": bare, "b baseline": epoch,
                          "c teacher's table": lambda: epoch([table]),
                          "d teacher asked live": lambda: epoch([live])}, device, args.rounds)
+    bare_times = times["a bare loop"]  # of the same round: a machine slows for a while
     return {name: {"seconds": median(spent) / args.steps,
-                   "ratio to a": median(spent) / median(times["a bare loop"])}
+                   "ratio to a": median(s / a for s, a in zip(spent, bare_times, strict=True))}
             for name, spent in times.items()}
 
-
 # ---- what is shown -------------------------------------------------------------------------------
-
-
 def show(title, rows, paper):
     """A table with four digits a figure, and the paper's in brackets where it has one."""
 
@@ -170,8 +154,7 @@ def show(title, rows, paper):
     lines = [[row, *(cell(row, k, figures[k]) for k in columns)] for row, figures in rows.items()]
     print("\n".join(aligned([title, *columns], lines)))
 
-
-def get_args(argv=None):
+def main(argv=None):
     p = argparse.ArgumentParser(usage="python profile_gpu.py ARCH [ARCH ...] [FLAGS]",
                                 description=__doc__, formatter_class=Help, allow_abbrev=False)
     gpu = torch.cuda.is_available()
@@ -185,15 +168,8 @@ def get_args(argv=None):
                    help="cpu, cuda or cuda:N")
     p.add_argument("--json", metavar="FILE", help="write every figure there")
     args = p.parse_args(argv)
-    for flag, least in (("size", 1), ("batch-size", 2), ("many", 1), ("steps", 1), ("rounds", 1)):
-        value = getattr(args, flag.replace("-", "_"))
-        if value is not None and value < least:  # BatchNorm needs two images
-            raise UserError(f"--{flag} must be at least {least}, not {value}")
-    return args
-
-
-def main(argv=None):
-    args = get_args(argv)
+    if min(args.batch_size - 1, args.many, args.steps, args.rounds) < 1:
+        p.error("--many, --steps and --rounds start at 1, --batch-size at 2: BatchNorm needs two")
     device, source = torch.device(args.device), origin(args.device)
     sizes = {arch: args.size or NATIVE.get(arch, 224) for arch in args.networks}
     # Networks first: an unknown name or an impossible size ends here, before anything is timed.
@@ -209,7 +185,6 @@ def main(argv=None):
         show(title, rows, PAPER if "the paper" in title else {})
     if args.json:
         write_json(args.json, {"provenance": source, "args": vars(args), "tables": tables})
-
 
 if __name__ == "__main__":
     cli(main)

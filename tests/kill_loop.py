@@ -5,7 +5,7 @@ that was never stopped. Too slow for the suite:
 
 Each round begins with nothing, so that kills fall into the cache of images, the teacher's table, epochs and
 the writing of checkpoints alike. Children are forked, so a kill costs no import. A killed process may leave a
-.part file behind, which nobody reads.
+.part file behind, which the next start removes.
 """
 
 import csv
@@ -29,7 +29,7 @@ import evaluate  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
 
-SMALL = ["--recipe", "scratch", "--arch", "shufflenet_v2_x0_5", "--size", "48", "--epochs", "4"]
+SMALL = ["--recipe", "small", "--arch", "shufflenet_v2_x0_5", "--size", "48", "--epochs", "4"]
 SMALL += ["--batch-size", "16", "--val-fraction", "0.25", "--data", "images", "--device", "cpu"]
 TEACHER = ["--role", "teacher", *SMALL, "--out", "teacher"]
 STUDENT = ["--role", "student", *SMALL, "--teacher", "teacher", "--T", "3", "--out", "student"]
@@ -56,6 +56,8 @@ def ending():
     weights = models.load_checkpoint("student")[0].state_dict()
     with open("student/history.csv", newline="") as file:
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    state = models.state_of("student", models.load_run("student")[1])
+    assert state == "" and not list(Path("student").glob(".*")), f"the run ended{state}: {os.listdir('student')}"
     with open(os.devnull, "w") as sys.stdout:
         evaluate.main(["student"])
     sys.stdout = sys.__stdout__

@@ -189,11 +189,11 @@ def test_the_picture_has_a_row_an_image_and_a_column_a_run_with_maps_that_are_la
     capsys.readouterr()
     evaluate.main(["t", "s", "--cam", "cams.png"])
     text = capsys.readouterr().out
-    assert "Grad-CAM of 6 images: cams.png" in text
-    assert "no Grad-CAM of s: its last maps are 2 x 2, and less than 7 x 7" in text and "larger --size" in text
-    assert Image.open("cams.png").size == (2 * 227 + 3, 6 * 227 + 3)
+    assert text.endswith("no Grad-CAM of s: maps of 2 x 2. Raise its --size\nGrad-CAM: cams.png\n")
+    assert Image.open("cams.png").size == (2 * 227 + 3, 6 * 259 + 3)
     evaluate.main(["s", "--cam", "none.png"])
-    assert "no Grad-CAM of s" in capsys.readouterr().out and not Path("none.png").exists()
+    assert capsys.readouterr().out.endswith("too coarse to draw: none.png is not written\n")
+    assert not Path("none.png").exists()
 
 
 @pytest.mark.parametrize("arch, size, side", [
@@ -207,33 +207,37 @@ def test_the_maps_are_as_large_as_the_network_is_known_for(arch, size, side):
 def test_phantoms_are_shown_with_the_rim_of_their_opacities(few_phantoms):
     fit("--out", "t", "--size", "128")
     evaluate.main(["t", "--cam", "cams.png"])
-    tiles, orange = pixels("cams.png")[:, 3:227, 3:227], torch.tensor([255, 90, 0]).view(3, 1, 1)
+    tiles, orange = pixels("cams.png")[:, 19:243, 3:227], torch.tensor([255, 90, 0]).view(3, 1, 1)
     assert ((tiles - orange).abs().amax(0) < 60).sum() > 50
 
 
 def shown(monkeypatch, classes, labels, margins, groups=None):
-    """What show_cams would draw: titles, rows of the images, targets. margins: of the second class."""
-    drawn = []
-    monkeypatch.setattr(evaluate, "draw_cams", lambda path, titles, runs, device, masks: drawn.append((runs, titles)))
-    monkeypatch.setattr(evaluate, "load_checkpoint", lambda folder: (torch.nn.Identity(), {}))
+    """What show_cams draws: titles, rows of the images, targets, calls. margins: of the second class, a list a run."""
+    drawn, asked = [], []
+    monkeypatch.setattr(evaluate, "draw_cams", lambda path, columns: drawn.extend(columns))
+    monkeypatch.setattr(evaluate, "heat_over", lambda folder, images, targets, device: (
+        asked.append((images.flatten().tolist(), targets.tolist())), images)[1])
     images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)  # each knows its own row
     split = SimpleNamespace(labels=torch.tensor(labels), images=images, groups=groups or list(range(len(labels))))
-    record = {"name": "t", "folder": "t", "data": SimpleNamespace(multilabel=False, classes=classes, test=split),
-              "test": torch.tensor([[0.0, m] for m in margins])}  # fmt: skip
-    evaluate.show_cams("cams.png", [record], torch.device("cpu"))
-    [([(_, _, rows, targets, texts, wrong)], titles)] = drawn
-    assert len(rows) == len(targets) == len(texts) == len(titles) == len(wrong)
-    return titles, rows.flatten().tolist(), targets.tolist(), texts, wrong.tolist()
+    loaded = SimpleNamespace(multilabel=split.labels.dim() == 2, classes=classes, test=split)
+    several = margins if isinstance(margins[0], list) else [margins]
+    records = [{"folder": Path(f"run{i}"), "data": loaded, "p": torch.tensor([[0.0, m] for m in each]).softmax(1)}
+               for i, each in enumerate(several)]  # fmt: skip
+    evaluate.show_cams("cams.png", records, torch.device("cpu"))
+    (_, titles, _), *heats = drawn
+    assert [names for _, names, _ in heats] == [[f"run{i}"] * len(titles) for i in range(len(several))]
+    assert asked == [asked[0]] * len(several)
+    return titles, *asked[0], *(calls for *_, calls in heats)
 
 
 @pytest.mark.parametrize("normal", ["normal", "NORMAL", "Normal"])
 def test_a_folder_called_normal_in_any_case_shows_nothing_to_look_for(normal, monkeypatch):
     labels = [0, 1] * 8
     margins = [-9.0 if k == 0 else 1 + i / 10 for i, k in enumerate(labels)]  # surest of what is normal
-    titles, rows, targets, texts, wrong = shown(monkeypatch, [normal, "pneumonia"], labels, margins)
-    assert titles == ["pneumonia"] * 6 and targets == [1] * 6 and not any(wrong)
+    titles, rows, targets, calls = shown(monkeypatch, [normal, "pneumonia"], labels, margins)
+    assert titles == ["pneumonia"] * 6 and targets == [1] * 6
     assert rows == [15, 13, 11, 9, 7, 5]  # the surest first
-    assert texts[0] == f"{100 / (1 + math.exp(-2.5)):.0f} %"
+    assert calls[0] == f"pneumonia {100 / (1 + math.exp(-2.5)):.0f} %"
 
 
 def test_where_no_class_is_normal_the_classes_take_turns(monkeypatch):
@@ -248,23 +252,35 @@ def test_of_a_patient_the_surest_image_alone_is_shown(monkeypatch):
     assert rows == [11, 9, 7, 5, 3, 1]
 
 
-def test_the_last_two_images_are_called_wrongly_and_crossed(monkeypatch):
-    margins = [-3.0, 2.0] * 8
-    margins[3], margins[7], margins[9] = -0.5, -1.0, -2.0  # three of class 1 that are called normal
-    titles, rows, _, _, wrong = shown(monkeypatch, ["normal", "ill"], [0, 1] * 8, margins)
-    assert titles == ["ill"] * 6 and rows[4:] == [3, 7] and wrong == [False] * 4 + [True] * 2
+def test_the_last_two_images_are_called_wrongly_by_some_run_and_every_tile_tells_its_runs_call(monkeypatch):
+    margins = [[-3.0, 2.0] * 8, [-3.0, 1.0] * 8]
+    margins[0][3], margins[0][7], margins[1][9] = -0.5, -1.0, -2.0  # three of class 1 that a run calls normal
+    titles, rows, targets, first, second = shown(monkeypatch, ["normal", "ill"], [0, 1] * 8, margins)
+    assert titles == ["ill"] * 6 and targets == [1] * 6 and rows[4:] == [9, 3]  # the first run's surest first
+    assert first == ["ill 88 %"] * 5 + ["normal 62 %"]
+    assert second == ["ill 73 %"] * 4 + ["normal 88 %", "ill 73 %"]
 
 
-def test_a_caption_stays_on_its_tile_on_black_and_a_cross_marks_what_is_wrong():
-    grey = torch.full((3, 224, 224), 128.0)
-    short, long = (evaluate.caption(grey, "student-T1-of-a-teacher " * n) for n in (1, 5))
-    assert short.shape == long.shape == grey.shape
-    dark = [(tile == 0).all(0) for tile in (short, long)]
-    assert dark[1].any(1).sum() > 2.5 * dark[0].any(1).sum()  # more lines
-    white = (long > 200).all(0)
-    assert white.sum() > 200 and not white[:, -2:].any() and not (long != 128).any(0)[100:].any()
-    crossed = evaluate.caption(grey, "ill", True)
-    assert ((crossed != 128).any(0)[190:, 190:]).sum() > 50 and not (crossed != 128).any(0)[100:, :180].any()
+def test_of_several_findings_the_first_is_drawn_and_what_a_run_says_of_it(monkeypatch):
+    labels = [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+    titles, rows, targets, calls = shown(monkeypatch, ["MASS", "EDEMA"], labels, [-1.0, 2.0, 5.0])
+    assert (titles, rows, targets) == (["EDEMA", "MASS"], [0, 1], [1, 0])  # both are missed
+    assert calls == ["EDEMA 27 %", "MASS 12 %"]
+
+
+def test_names_and_calls_stand_in_strips_above_and_below_and_hide_nothing_of_the_image():
+    grey = torch.full((2, 3, 224, 224), 128.0)
+    long = "student-T1-of-a-teacher-" * 3
+    evaluate.draw_cams("cams.png", [(grey, ["title"] * 2, [""] * 2), (grey, [long] * 2, ["ill 97 %", "ill 3 %"])])
+    picture = pixels("cams.png")
+    assert picture.shape == (3, 2 * 259 + 3, 2 * 227 + 3)
+    for row in range(2):
+        for column in range(2):
+            tile = picture[:, 3 + 259 * row : 259 * (row + 1), 3 + 227 * column : 227 * (column + 1)]
+            above, image, below = tile.split([16, 224, 16], 1)
+            assert (image == 128).all() and (above > 200).any() and (below > 200).any() == (column == 1)
+    first, second = picture[:, 3:19, 3:227], picture[:, 3:19, 230:454]
+    assert (second > 200).sum() > 3 * (first > 200).sum() and not (second[:, :, -10:] > 100).any()  # cut by a sign
 
 
 def save_run(folder, size, classes, favourite, arch="resnet18", multilabel=False):
@@ -272,7 +288,7 @@ def save_run(folder, size, classes, favourite, arch="resnet18", multilabel=False
     model = models.build(arch, len(classes), size).eval()
     with torch.no_grad():
         model.fc.bias[favourite] += 5
-    models.save_checkpoint(data.Path(folder) / "best.pt", model, classes=classes, multilabel=multilabel)
+    models.save_checkpoint(Path(folder) / "best.pt", model, classes=classes, multilabel=multilabel)
     return model
 
 
@@ -284,40 +300,35 @@ def test_each_run_draws_its_own_call_and_its_own_heat_of_an_image_that_no_data_s
             ("c", 64, ["OPACITY", "LARGE_HEART", "FLUID"], 2, True)]  # fmt: skip
     networks = [save_run(name, size, classes, favourite, multilabel=several)
                 for name, size, classes, favourite, several in runs]  # fmt: skip
-    captions = []
-
-    monkeypatch.setattr(evaluate, "MAPS", 2)
-
-    def no_text(tile, text, crossed=False):  # what would be written on a tile, and the tile without it
-        captions.append(text)
-        return tile.byte()
-
-    monkeypatch.setattr(evaluate, "caption", no_text)
+    captions, real = [], evaluate.draw_cams
+    monkeypatch.setattr(evaluate, "MIN_MAPS", 2)
+    monkeypatch.setattr(evaluate, "draw_cams", lambda path, columns: (captions.extend(columns), real(path, columns)))
     evaluate.main(["a", "b", "c", "--image", "deep/folder/image7.png", "--cam", "one.png"])
     told = capsys.readouterr().out
-    assert captions[0] == "image7.png"  # the title of the row
-    picture, red = pixels("one.png"), torch.tensor([255.0, 200, 0]).view(3, 1, 1)
-    assert picture.shape == (3, 230, 4 * 227 + 3)
-    plain, heats = picture[:, 3:227, 3:227], []
+    assert captions[0][1:] == (["image7.png"], [""])  # the title of the row
+    picture, yellow = pixels("one.png"), torch.tensor([255.0, 200, 0]).view(3, 1, 1)
+    assert picture.shape == (3, 262, 4 * 227 + 3)
+    heats = []
     for i, (name, size, classes, favourite, several) in enumerate(runs):
-        x = data.prepare(data.decode("deep/folder/image7.png", size)[None], torch.device("cpu"))
+        image = data.decode("deep/folder/image7.png", size)[None]
+        x = data.prepare(image, torch.device("cpu"))
         logits = networks[i](x)
         share = (logits.sigmoid() if several else logits.softmax(1))[0]
         assert share.argmax() == favourite
-        assert captions[1 + i] == f"{name} {classes[favourite]} {100 * share[favourite]:.0f} %"
+        assert captions[1 + i][1:] == ([name], [f"{classes[favourite]} {100 * share[favourite]:.1f} %"])
         assert f"{name}: " + ", ".join(f"{k} {100 * p:.1f} %" for k, p in zip(classes, share, strict=True)) in told
         heat = evaluate.grad_cam(networks[i], x, favourite)[:, None]
-        heat = F.interpolate(heat, (224, 224), mode="bilinear")[0]
+        warm = F.interpolate(image + 0.6 * heat * (yellow - image), (224, 224), mode="bilinear")[0]
         left = 3 + 227 * (1 + i)
-        assert (plain + 0.6 * heat * (red - plain) - picture[:, 3:227, left : left + 224]).abs().max() < 2
-        heats.append(heat)
+        assert (warm - picture[:, 19:243, left : left + 224]).abs().max() < 2
+        heats.append(F.interpolate(heat, (224, 224), mode="bilinear")[0])
     assert (heats[0] - heats[1]).abs().max() > 0.1  # other calls, other heat: a swap would be seen
 
 
 def test_a_file_that_is_no_picture_is_refused_in_one_line(tmp_path):
     save_run("a", 64, ["NORMAL", "PNEUMONIA"], 0)
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(data.UserError, match="text.png is not a readable JPEG or PNG") as error:
+    with pytest.raises((data.UserError, OSError), match="text.png") as error:
         evaluate.main(["a", "--image", "text.png"])
     assert "\n" not in str(error.value)
 

@@ -1,11 +1,9 @@
 """What images must become, and what must never happen to them on the way."""
 
-import argparse
 import csv
 import hashlib
 import http.client
 import http.server
-import json
 import math
 import os
 import pickle
@@ -259,16 +257,6 @@ def test_two_sets_of_one_name_with_equal_files_but_for_their_pixels_share_no_cac
     assert again.key == a.key
 
 
-def test_what_prepare_does_is_part_of_the_keys_of_cached_logits(monkeypatch):
-    before = data.read_key()
-    assert data.read_key() == before and len(before) == 16
-    for name in ("MEAN", "STD"):
-        with monkeypatch.context() as patched:
-            patched.setattr(data, name, getattr(data, name) + 0.01)
-            assert data.read_key() != before
-    assert data.read_key() == before
-
-
 @pytest.mark.parametrize("damage", ["empty", "cut in the header", "cut in the pixels", "no header", "fewer rows",
                                     "other rows", "longer"])
 def test_a_damaged_cache_is_one_line_that_says_what_to_delete(kermany, damage):
@@ -472,7 +460,7 @@ def test_which_labels_are_wrong_depends_on_names_alone_not_on_pixels_order_or_se
 
 def test_images_with_several_findings_take_neither_wrong_labels_nor_a_balanced_subset(few_phantoms):
     for options in ({"wrong_labels": 0.2}, {"per_class": 4}):
-        with pytest.raises(data.UserError, match="expect one class an image: leave them out for findings"):
+        with pytest.raises(data.UserError, match="findings has several findings an image: drop --per-class, --wrong-labels"):
             data.load("findings", 16, **options)
 
 
@@ -546,7 +534,7 @@ def test_a_wrong_folder_names_the_layout_expected(source, says):
 def test_a_set_without_a_folder_train_is_told_what_is_there(kermany):
     (kermany / "train").rename(kermany / "Train")
     shutil.rmtree(kermany / "chest_xray")
-    with pytest.raises(data.UserError, match="No folder train in .*, but Train, __MACOSX, test, val. Expected train/CL"):
+    with pytest.raises(data.UserError, match=r"No folder train in .* \(there: Train, __MACOSX, test, val\). Expected train/CL"):
         data.list_images(kermany)
 
 
@@ -627,7 +615,8 @@ def test_a_pipe_and_a_dead_link_named_like_images_are_left_out(kermany, capsys):
     os.mkfifo(kermany / "train/NORMAL/x.png")
     (kermany / "test/NORMAL/y.png").symlink_to("nowhere")
     assert [r["id"] for r in data.list_images(kermany)[0]] == before
-    assert "left out: 1 test/NORMAL/*.png, 1 train/NORMAL/*.png. Expected" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "left out: 1 test/NORMAL/*.png. Expected" in told and "left out: 1 train/NORMAL/*.png. Expected" in told
 
 
 # ---- images without any label
@@ -871,15 +860,6 @@ def test_an_interrupted_write_leaves_the_old_file_whole(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_an_outline_rims_a_mask_and_fills_nothing():
-    images, labels, masks = data.phantoms(8, 96, 4)
-    rimmed = data.outline(images[labels == 1].repeat(1, 3, 1, 1), masks[labels == 1])
-    for image in rimmed:
-        orange = (image == torch.tensor([255, 90, 0]).view(3, 1, 1)).all(0)
-        assert orange.sum() > 20
-        assert torch.nn.functional.avg_pool2d(orange[None].float(), 5, 1).max() < 1  # a line
-
-
 def healthy_and_sick(root, split, names):
     for name in names:
         image_file(root / f"{split}/HEALTHY/{name}.png")
@@ -996,21 +976,6 @@ def test_what_no_file_raises_is_not_explained_away(error):
     assert told.value is error
 
 
-@pytest.mark.parametrize("name", ["meta", "mps", "cuda:99", "gpu", ""])
-def test_a_device_that_is_not_there_is_said_whole(name, capsys):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", type=data.usable_device)
-    assert parser.parse_args(["--device", "cpu"]).device == "cpu"
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--device", name])
-    assert f"argument --device: {name!r} is no device of this machine. Expected cpu, cuda or cuda:N (" in capsys.readouterr().err
-
-
-def test_json_has_null_where_a_figure_is_not_a_number():
-    data.write_json("a/b.json", {"auc": [math.nan, 0.5], "loss": math.inf})
-    assert json.loads(Path("a/b.json").read_text()) == {"auc": [None, 0.5], "loss": None}
-
-
 # ---- progress
 
 
@@ -1034,7 +999,7 @@ def test_progress_shows_count_loss_speed_and_time_left_and_wipes_its_line(monkey
     clock = Clock(monkeypatch, terminal=True)
     clock.work(data.progress(range(4), "epoch 1", sums=sums), 20, sums)
     assert capsys.readouterr().out.split("\r\033[K")[1:] == [
-        "epoch 1  0/4", "epoch 1  1/4  loss 0.50  1 images/s  1:00 left", "epoch 1  2/4  loss 0.50  1 images/s  0:40 left",
+        "epoch 1  1/4  loss 0.50  1 images/s  1:00 left", "epoch 1  2/4  loss 0.50  1 images/s  0:40 left",
         "epoch 1  3/4  loss 0.50  1 images/s  0:20 left", ""]
 
 
@@ -1060,11 +1025,11 @@ def test_sums_are_read_only_when_a_line_is_printed(monkeypatch):
     Clock(monkeypatch, terminal=False).work(data.progress(range(50), "x", sums=Sums()), 1)
 
 
-def test_a_loop_that_is_left_early_leaves_no_line_behind(monkeypatch, capsys):
-    Clock(monkeypatch, terminal=True)
-    for _ in data.progress(range(9), "x"):
-        break
-    assert capsys.readouterr().out == "\r\033[Kx  0/9\r\033[K"
+def test_nothing_is_printed_before_the_first_item_is_done(monkeypatch, capsys):
+    clock = Clock(monkeypatch, terminal=True)
+    clock.now = 100
+    next(data.progress(range(9), "x"))
+    assert capsys.readouterr().out == ""
 
 
 def test_a_file_name_in_another_script_is_a_name_like_others(kermany):

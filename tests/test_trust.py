@@ -77,9 +77,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_whole_and_says_so_in_one_li
 
 @pytest.mark.parametrize("write", [
     lambda: data.cached_array(Path("cache/t.npy"), 1000, (np.zeros((500, 1000), "float32") for _ in range(2))),
-    lambda: data.write_picture("noise.png", torch.randint(0, 256, (3, 300, 300), dtype=torch.uint8)),
-    lambda: data.write_json("all.json", list(range(100_000))),
-    lambda: data.write_csv("all.csv", ["n"], ([i] for i in range(100_000))),
+    lambda: evaluate.write_picture("noise.png", torch.randint(0, 256, (3, 300, 300), dtype=torch.uint8)),
+    lambda: evaluate.write_json("all.json", list(range(100_000))),
+    lambda: evaluate.write_csv("all.csv", ["n"], ([i] for i in range(100_000))),
 ], ids=["array", "picture", "json", "csv"])  # fmt: skip
 def test_a_full_disk_leaves_no_half_file_and_is_one_line(write):
     with full_disk(100_000):

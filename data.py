@@ -144,8 +144,9 @@ def existing_folder(source):
         if source in PHANTOM_SOURCES or known_csvs(folder) or (folder / "train").is_dir():
             return folder
     there = ", ".join(sorted(folder.name for folder in root.glob("*/"))[:9]) or "none"
-    raise UserError(f"No folder train in {root} (there: {there}). Expected train/CLASS/*.jpeg or "
-                    f"a CSV set; give --data where it is; data.py --download {root} fetches one")
+    why = f"No folder train in {root}, but {there}" if root.exists() else f"No such folder: {root}"
+    raise UserError(f"{why}. Expected train/CLASS/*.jpeg or a CSV set: give --data where it is, or "
+                    f"fetch one: python data.py --download {root}")
 
 # ---- class folders -------------------------------------------------------------------------------
 def record(id, label, folder, path=None, group=None, negative=False, **more):
@@ -555,15 +556,15 @@ def audit(source, classes=None):
                 patients[r["split"], name].append(r["group"])
         patients[r["split"], "all"].append(r["group"])
     columns = [*names, *["UNLABELLED"] * (("train", "UNLABELLED") in patients), "all"]
-    print("  ".join(f"{cell:>17}" for cell in ["images (patients)", *columns]))
-    for split in ("train", "val", "test"):
+    print("images (patients)", *(f"{name:>17}" for name in columns), sep="  ")
+    for split in [split for split in ("train", "val", "test") if patients[split, "all"]]:
         cells = [f"{len(patients[split, c])} ({len({*patients[split, c]})})" for c in columns]
-        print("  ".join(f"{cell:>17}" for cell in [split, *cells]))
+        print(f"{split:<17}", *(f"{cell:>17}" for cell in cells), sep="  ")
     for split in ("train", "test"):
         if missing := [name for name in names if not patients[split, name]]:
             print(f"no {split} images of {', '.join(missing)}")
     shared = {*patients["train", "all"]} & {*patients["test", "all"]}
-    print(f"patients in both train and test: {len(shared)}")
+    print("patients in both train and test:", len(shared))
 
 def download(folder):
     """Fetch, check, unpack. A file with another hash is never unpacked."""

@@ -320,8 +320,8 @@ def findings(groups, rows):
         lines.append([finding + " (too rare for the mean)" * rare,
                       f"{int(truth.nansum())} of {int((~truth.isnan()).sum())}",
                       *(cell(summary(group)) for group in runs)])
-    sizes = [f"{group[0]['cost']['parameters'] / 1e6:.2f}" for group in groups]
-    lines.append(["parameters, M", "", *sizes])
+    sizes = [group[0]["cost"]["parameters"] / 1e6 for group in groups]
+    lines.append(["parameters, M", "", *(f"{size:.2f}" for size in sizes)])
     return aligned(["AUC, %", "positives", *(short(row["title"]) for row in rows)], lines)
 
 def show_cams(path, records, device, n=6):

@@ -66,8 +66,7 @@ def bare_network(arch, aux):
     if arch in NETWORKS:
         return NETWORKS[arch]()
     if arch not in torchvision.models.list_models(module=torchvision.models):
-        raise UserError(f"no network is called {arch}. Give a classifier of torchvision, such as "
-                        f"resnet18, or one of models.NETWORKS: {', '.join(NETWORKS)}")
+        raise UserError(f"no network is called {arch}: see torchvision's, or models.NETWORKS")
     # init_weights=False: torchvision's own initialisation of these two takes seconds, and they
     # learned far more slowly with it than with torch's default, at the same learning rate.
     options = {"aux_logits": aux, "init_weights": False} if arch in AUX_MIN_SIZE else {}
@@ -83,8 +82,7 @@ def replace_heads(model, num_classes):
     model.head_names = [name for name, layer in model.named_modules()
                         if isinstance(layer, (nn.Linear, nn.Conv2d)) and len(layer.weight) == 1000]
     if not model.head_names:
-        raise UserError(f"{type(model).__name__} has no layer with 1000 outputs to be replaced by "
-                        f"a new head. Build it with 1000 classes")
+        raise UserError(f"{type(model).__name__} has no layer of 1000 outputs: build it with one")
     for name in model.head_names:
         old = model.get_submodule(name)
         new = (nn.Linear(old.in_features, num_classes) if isinstance(old, nn.Linear)

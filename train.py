@@ -264,7 +264,8 @@ def check_sources(args):
     existing_folder(args.data)
     if args.weights == "imagenet":
         models.imagenet_weights(args.arch)
-    for path in {args.weights, *(args.teacher or [])} - {"none", "imagenet"}:
+    paths = [args.weights, *(args.teacher or [])]
+    for path in [path for path in paths if path not in ("none", "imagenet")]:
         models.existing_file(path)
 
 def make_network(args, data, device):
@@ -325,8 +326,8 @@ def run_facts(args, data, model, taught_by):
     `made` is compared wherever runs are: resuming leaves out nothing of it, a row of several seeds
     the seed, a gain what distillation is (evaluate.without)."""
     place = args.data if args.data in PHANTOM_SOURCES else str(Path(args.data).resolve())
-    flags = {flag: value for flag, value in vars(args).items() if flag not in NOT_COMPARED}
-    made = {"flags": {**flags, "data": place}, "processes": processes()[1], **data.fingerprints,
+    flags = {k: v for k, v in vars(args).items() if k not in NOT_COMPARED} | {"data": place}
+    made = {"flags": flags, "processes": processes()[1], **data.fingerprints,
             "precision": "bfloat16" if use_amp(args) else "float32",
             "first_weights": model.facts["first_weights"],
             "teachers": [{k: t[k] for k in ("sha256", "state", "made")} for t in taught_by]}
@@ -398,12 +399,12 @@ def locked(folder):
 
 def describe_run(args, model, trainable, data, done):
     total, learning = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, trainable))
-    n = len(data.train.labels)
-    labelled = (data.train.labels >= 0).view(n, -1).any(1).sum()
+    labelled = (data.train.labels >= 0).view(len(data.train.ids), -1).any(1).sum()
     wrong = f", {data.n_wrong} of them wrongly" if data.n_wrong else ""
     return (f"{args.role}: {args.arch} at {args.size} px, {total:.1f} M parameters, "
-            f"{learning:.1f} M learning; to {args.out}\n{args.data}: {n} training images, "
-            f"{labelled} labelled{wrong}; {len(data.val.labels)} validation images"
+            f"{learning:.1f} M learning; to {args.out}\n"
+            f"{args.data}: {len(data.train.ids)} training images, {labelled} labelled{wrong}; "
+            f"{len(data.val.ids)} validation images"
             + (f"\ngoing on after epoch {done}" if done else ""))
 
 def describe_epoch(args, row):
@@ -453,10 +454,10 @@ RECIPES = {  # RECIPES[name][role]: flag -> value
         teacher=dict(arch="resnet18"), student=dict(arch="mnasnet1_0")),
 }
 
-LIMITS = {"T": (1e-3, MAX_T), "clip": (0, 1e9), "lr": (0, 1e9), "batch_size": (2, 1e9),
-          "size": (1, 9999), "per_class": (2, 1e9), "labels_per_class": (0, 1e9),
-          "steps_per_epoch": (1, 1e9), "lr_step": (1, 1e9), "alpha": (0, 1), "stop_at": (0, 1),
-          "val_fraction": (0, 1), "wrong_labels": (0, 1), "label_smoothing": (0, 1)}
+LIMITS = dict(T=(1e-3, MAX_T), alpha=(0, 1), val_fraction=(0, 1), wrong_labels=(0, 1), lr=(0, 1e9),
+              label_smoothing=(0, 1), stop_at=(0, 1), clip=(0, 1e9), batch_size=(2, 1e9),
+              epochs=(1, 1e9), steps_per_epoch=(1, 1e9), lr_step=(1, 1e9), size=(1, 9999),
+              per_class=(2, 1e9), labels_per_class=(0, 1e9))
 
 def get_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv

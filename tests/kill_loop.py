@@ -29,7 +29,7 @@ import evaluate  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
 
-SMALL = ["--recipe", "small", "--arch", "shufflenet_v2_x0_5", "--size", "48", "--epochs", "4"]
+SMALL = ["--weights", "none", "--finetune", "all", "--arch", "shufflenet_v2_x0_5", "--size", "48", "--epochs", "4"]
 SMALL += ["--batch-size", "16", "--val-fraction", "0.25", "--data", "images", "--device", "cpu"]
 TEACHER = ["--role", "teacher", *SMALL, "--out", "teacher"]
 STUDENT = ["--role", "student", *SMALL, "--teacher", "teacher", "--T", "3", "--out", "student"]

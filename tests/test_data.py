@@ -534,7 +534,7 @@ def test_a_wrong_folder_names_the_layout_expected(source, says):
 def test_a_set_without_a_folder_train_is_told_what_is_there(kermany):
     (kermany / "train").rename(kermany / "Train")
     shutil.rmtree(kermany / "chest_xray")
-    with pytest.raises(data.UserError, match=r"No folder train in .* \(there: Train, __MACOSX, test, val\). Expected train/CL"):
+    with pytest.raises(data.UserError, match=r"No folder train in .*, but Train, __MACOSX, test, val. Expected train/CL"):
         data.list_images(kermany)
 
 

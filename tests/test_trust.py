@@ -323,12 +323,14 @@ def test_a_run_goes_on_from_no_last_pt_but_its_own(runs, kind):
     assert "run/last.pt" in refused(run, "--out", "run")
 
 
-def test_an_archive_cannot_write_outside_its_folder(tmp_path):
+def test_an_archive_cannot_write_outside_its_folder(tmp_path, monkeypatch):
     with zipfile.ZipFile("set.zip", "w") as archive:
         for name in ("../outside.txt", "/absolute.txt", "a/../../up.txt", "train/NORMAL/inside.txt"):
             archive.writestr(name, "text")
     digest = hashlib.sha256(Path("set.zip").read_bytes()).hexdigest()
-    data.download("deep/images", (tmp_path / "set.zip").as_uri(), digest)
+    monkeypatch.setattr(data, "URL", (tmp_path / "set.zip").as_uri())
+    monkeypatch.setattr(data, "SHA256", digest)
+    data.download("deep/images")
     inside = {path.relative_to("deep/images").as_posix() for path in Path("deep/images").rglob("*.txt")}
-    assert inside == {"outside.txt", "absolute.txt", "a/up.txt", "train/NORMAL/inside.txt"}
+    assert inside == {"train/NORMAL/inside.txt"}
     assert not Path("/absolute.txt").exists() and {p.name for p in Path("deep").iterdir()} == {"images"}

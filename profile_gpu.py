@@ -3,10 +3,9 @@
     python profile_gpu.py alexnet vgg16 resnet18 resnet34 inception_v3     three tables
     python profile_gpu.py inception_v3 alexnet          two networks: also a step of distillation
 
-Below: instruments; what is measured (the network, training, inference, a step four ways); tables.
-What is timed is train.train_one_epoch fed by train.paired_batches. Times are medians after a
-warm-up. Memory and GPU use are read from CUDA, and n/a without. Hours are those of the recipe
-pneumonia: the teacher's epochs for inception_v3, its teacher, the student's for other networks.
+In this order: instruments; what is measured (network, training, inference, a step four ways);
+tables. Timed is train.train_one_epoch fed by train.paired_batches: medians after a warm-up. Memory
+and GPU use need CUDA. Hours: of inception_v3 the teacher's epochs, else the student's (pneumonia).
 """
 
 import argparse
@@ -135,7 +134,7 @@ def distillation(sizes, args, device):
     times = interleaved({"a bare loop": bare, "b baseline": epoch,
                          "c teacher's table": lambda: epoch([table]),
                          "d teacher asked live": lambda: epoch([live])}, device, args.rounds)
-    bare_times = times["a bare loop"]  # of the same round: a machine slows for a while
+    bare_times = times["a bare loop"]
     return {name: {"seconds": median(spent) / args.steps,
                    "ratio to a": median(s / a for s, a in zip(spent, bare_times, strict=True))}
             for name, spent in times.items()}

@@ -70,8 +70,12 @@ def train_one_epoch(model, batches, optimizer, T=1.0, alpha=0.9, label_smoothing
         n = len(y)
         sums += torch.stack([loss * n, hard * n, soft * n, right.sum() * n / y.numel(),
                              labelled.sum() * n / y.numel(), torch.full_like(loss, n)]).detach()
+    return epoch_figures(sums)
+
+def epoch_figures(sums):
+    """Means over images; the accuracy is that of the images with a label, NaN where they are under
+    half: over the few labels of a student with hidden ones it would jump from 0 to 100."""
     loss, hard, soft, right, labelled = (sums[:-1] / sums[-1]).tolist()
-    # Over the few labels of a student with hidden ones, accuracy would jump from 0 to 100.
     accuracy = right / labelled if labelled >= 0.5 else math.nan
     return {"loss": loss, "hard": hard, "soft": soft, "train_accuracy": accuracy}
 
@@ -188,13 +192,6 @@ def processes():
     """rank, world: which one of torchrun's processes this is; 0 of 1 without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-def mean_over_processes(row, device):
-    """Of means over equal shares of the images: the mean over all images."""
-    values = torch.tensor([*row.values()], dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return dict(zip(row, (values / processes()[1]).tolist(), strict=True))
-
 # ---- a run, from its images to its last epoch ----------------------------------------------------
 def train(args):
     device, (rank, world) = torch.device(args.device), processes()
@@ -247,17 +244,20 @@ def train(args):
     print(f"{args.out} is finished, epoch {len(history)}: python evaluate.py {args.out}")
 
 def run_epoch(args, epoch, model, batches, optimizer, n):
-    """train_one_epoch as the flags say, with a progress line; means over all processes."""
+    """train_one_epoch as the flags say, with a progress line; its figures over all processes."""
     sums = torch.zeros(6, device=args.device)
     n_steps = args.steps_per_epoch or math.ceil(n / args.batch_size)
     batches = progress(batches, f"epoch {epoch:>2}/{args.epochs}", n_steps, sums)
     row = train_one_epoch(model, batches, optimizer, T=args.T, alpha=args.alpha,
                           label_smoothing=args.label_smoothing, clip=args.clip, amp=use_amp(args),
                           aux_weight=models.AUX_WEIGHT.get(args.arch, 0.0), sums=sums)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+        row = epoch_figures(sums)
     if not math.isfinite(row["loss"]):
         raise UserError(f"the loss is {row['loss']} in epoch {epoch} at learning rate "
                         f"{optimizer.param_groups[0]['lr']:.2g}. Lower --lr, or set --clip 1")
-    return mean_over_processes(row, args.device)
+    return row
 
 def check_sources(args):
     """What the run starts from must be there; ImageNet weights are fetched."""
@@ -357,14 +357,16 @@ def resume(args, facts, model, optimizer):
     path = Path(args.out) / "last.pt"
     if not path.exists():
         return []
-    models.existing_file(args.out)  # best.pt
+    if not path.with_name("best.pt").exists():
+        raise UserError(f"{path} is there and best.pt is not: delete it to train anew")
     saved = models.read_weights(path)
     with explain(f"{path} is not a checkpoint of this project"):
         history = saved["facts"]["history"]
         before, now = ({**made, **made["flags"], "flags": None}
                        for made in (saved["facts"]["made"], facts["made"]))
-        changed = [f"{name} {str(before.get(name))[:20]} (now {str(now.get(name))[:20]})"
-                   for name in before | now if before.get(name) != now.get(name)]
+        pairs = {name: (before.get(name), now.get(name)) for name in before | now}
+        changed = [f"{name} {old} (now {new})" if len(f"{old}{new}") < 120 else f"other {name}"
+                   for name, (old, new) in pairs.items() if old != new]
         if changed:
             raise UserError(f"{args.out} was begun with {', '.join(changed)}. Repeat that command, "
                             f"or choose another --out")
@@ -385,9 +387,8 @@ def locked(folder):
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(f"another command trains in {folder} now: wait for it, or choose another "
-                        f"--out") from error
+    except BlockingIOError as error:
+        raise UserError(f"another command trains in {folder}: wait, or choose an --out") from error
     try:
         for part in Path(folder).glob(".*.part"):  # of a process that was killed while it wrote
             part.unlink()
@@ -457,7 +458,7 @@ RECIPES = {  # RECIPES[name][role]: flag -> value
 LIMITS = dict(T=(1e-3, MAX_T), alpha=(0, 1), val_fraction=(0, 1), wrong_labels=(0, 1), lr=(0, 1e9),
               label_smoothing=(0, 1), stop_at=(0, 1), clip=(0, 1e9), batch_size=(2, 1e9),
               epochs=(1, 1e9), steps_per_epoch=(1, 1e9), lr_step=(1, 1e9), size=(1, 9999),
-              per_class=(2, 1e9), labels_per_class=(0, 1e9))
+              per_class=(2, 1e9), labels_per_class=(0, 1e9), lr_gamma=(0, 1), weight_decay=(0, 1))
 
 def get_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv

@@ -149,7 +149,8 @@ def test_the_costs_told_are_those_that_were_measured():
                       ("c teacher's table", "distilled, from the teacher's table"),
                       ("d teacher asked live", "distilled, the teacher asked at every step")):  # fmt: skip
         assert f"| {told} | {steps[row]['ratio to a']:.3f} |" in RESULTS, told
-    assert f"takes {steps['d teacher asked live']['ratio to c']:.1f} times" in README
+    live, table = (steps[row]["ratio to a"] for row in ("d teacher asked live", "c teacher's table"))
+    assert f"takes {live / table:.1f} times" in README
 
 
 def test_the_bars_of_the_figure_are_as_high_as_the_softened_answers():
@@ -193,13 +194,18 @@ def test_the_cells_of_the_results_are_those_that_were_measured():
                     assert re.sub(r" \[.*| ± .*", "", part) in measured, (name, cell)
 
 
-def test_the_first_table_of_the_readme_is_that_of_the_results():
-    printed = "".join(" ".join(json.loads((ROOT / f"results/{name}.json").read_text())["tables"])
-                      for name in ("xrays", "labels"))  # fmt: skip
-    rows = [line for line in README.split("## ")[0].splitlines() if line.startswith("|") and "±" in line]
-    pairs = [re.findall(r"[\d.]+ ± [\d.]+", row) for row in rows]  # AUC and accuracy, in one printed row
-    assert [len(pair) for pair in pairs] == [2] * 5
-    assert not [pair for pair in pairs if not re.search(r"\s+".join(map(re.escape, pair)), printed)]
+def test_the_figures_of_the_first_screen_are_those_of_the_results():
+    printed = " ".join(json.loads((ROOT / "results/demo.json").read_text())["tables"])
+    screen = README.split("## ")[0]
+    rows = [line for line in screen.splitlines() if line.startswith("|") and "±" in line]
+    figures = [re.findall(r"[\d.]+ ± [\d.]+", row) for row in rows]  # AUC, accuracy, ECE in one printed row
+    assert [len(row) for row in figures] == [3] * 3
+    for auc, accuracy, ece in figures:
+        assert re.search(r"\s+".join(map(re.escape, (auc, accuracy))) + r"[^\n[]* " + re.escape(ece), printed)
+    few = json.loads((ROOT / "results/labels.json").read_text())["runs"]
+    for name, told in (("alone-10", "88.2 alone"), ("taught-10", "96.4 with a teacher's logits")):
+        aucs = [100 * run["test"]["auc"] for folder, run in few.items() if f"/{name}-seed" in folder]
+        assert told.startswith(f"{sum(aucs) / len(aucs):.1f} ") and told in screen.replace("\n", " "), name
 
 
 @pytest.mark.parametrize("result, seeds, student, baseline, t", [

@@ -35,9 +35,9 @@ def blocks(page, *languages):
 
 
 def commands(page):
-    """Every command of a page, its loops and variables unfolded by the shell, one seed a loop."""
+    """Every command of a page, its variables unfolded by the shell, and of each loop the first turn."""
     for block in blocks(page, "bash", "sh"):
-        block = re.sub(r"for s in (\d+)[ \d]*;", r"for s in \1;", block)
+        block = re.sub(r"for (\w) in (\S+)[^;\n]*;", r"for \1 in \2;", block)
         block = re.sub(r"python3 -m venv.*?requirements.txt|pip install.*", "", block.replace("\\\n", " "))
         told = subprocess.run(["bash", "-ec", ECHO + block], capture_output=True, text=True, check=True)
         yield from (shlex.split(line) for line in told.stdout.splitlines())

@@ -163,7 +163,7 @@ def judge(path, device, source, cache, loaded):
     """A run as a record. loaded: the data sets at hand, so that runs of one size share one."""
     model, facts = load_run(path)
     with explain(f"{path} is not a run of train.py"):
-        args, made = facts["args"], facts["made"]
+        args, made, state = facts["args"], facts["made"], state_of(path, facts)
         source = source or args["data"]
         key = facts["size"], source, args["per_class"], args["classes"], args["val_fraction"]
     if key not in loaded:
@@ -179,7 +179,7 @@ def judge(path, device, source, cache, loaded):
     samples = measure(test, data.test.labels, bootstrap_weights(data.test.groups))
     figures["interval"] = {k: interval(samples[k][1:]).tolist() for k in COLUMNS + MORE}
     return {"folder": path.parent, "facts": facts, "args": args, "made": made, "data": data,
-            "cost": cost(model, facts["size"]), "test": test, "figures": figures,
+            "cost": cost(model, facts["size"]), "test": test, "figures": figures, "state": state,
             "samples": samples, "validation": metrics(val, data.val.labels, data.classes),
             "p": test.double().sigmoid() if data.multilabel else test.double().softmax(1)}
 
@@ -249,7 +249,7 @@ def table(groups, rows, gains, columns, score):
     lines, n = [floor_row(data, columns)], len(data.test.labels)
     for group, row in zip(groups, rows, strict=True):
         below = f"{row['arch']}, {len(group)} seeds" if len(group) > 1 else row["arch"]
-        below += "".join(state_of(r["folder"], r["facts"]) for r in group)
+        below += "".join(r["state"] for r in group)
         lines.append([f"{short(row['title'])}\n  {below}", cell(row["validation"]),
                       *(cell(row["figures"][k], k) for k in columns)])
     for gain in gains:
@@ -288,7 +288,7 @@ def grid(groups):
         text += f" ± {values[:, 2].std():.1f}" if len(group) > 1 else ""
         setting = f"T {args['T']:g}, alpha {args['alpha']:g}"  # a cell may hold several
         text = f"{setting if args['role'] == 'student' else args['role']}: {text}"
-        student = args["arch"] + state_of(group[0]["folder"], facts)
+        student = args["arch"] + group[0]["state"]
         row = cells.setdefault(teacher, {})
         row[student] = f"{row[student]}\n{text}" if student in row else text
     students = sorted({student for row in cells.values() for student in row})

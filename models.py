@@ -216,7 +216,7 @@ def imagenet_weights(arch):
                   f"start from random weights: --weights none --finetune all"),
           torch.random.fork_rng(devices=[])):  # the builder draws random weights before it loads
         model = torchvision.models.get_model(plain, weights=kind)
-    return {"model": model.state_dict(), "sha256": kind.url}
+    return {"model": model.state_dict(), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 def load_first_weights(model, weights):
     """Load everything but the heads; those of a run of ours too, where they fit."""

@@ -327,9 +327,9 @@ def run_facts(args, data, model, taught_by):
     the seed, a gain what distillation is (evaluate.without)."""
     place = args.data if args.data in PHANTOM_SOURCES else str(Path(args.data).resolve())
     flags = {k: v for k, v in vars(args).items() if k not in NOT_COMPARED} | {"data": place}
-    made = {"flags": flags, "processes": processes()[1], **data.fingerprints,
-            "precision": "bfloat16" if use_amp(args) else "float32",
-            "first_weights": model.facts["first_weights"],
+    made = {"flags": flags, "first_weights": model.facts["first_weights"], **data.fingerprints,
+            "epoch_length": args.steps_per_epoch or len(data.train.ids),  # or steps would be a gain
+            "processes": processes()[1], "precision": "bfloat16" if use_amp(args) else "float32",
             "teachers": [{k: t[k] for k in ("sha256", "state", "made")} for t in taught_by]}
     # Names of images too: PATIENT may have been changed between teacher and student.
     seen = {*data.train.groups, *data.train.ids, *model.facts["seen_groups"]}

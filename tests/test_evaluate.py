@@ -466,7 +466,9 @@ def judged(name, logits, labels, classes, seed=0, history=None, repeats=300, n_v
     evaluate.write_csv(Path(name) / "history.csv", ["epoch", "loss"], [[i + 1, 0.5] for i in range(epochs)])
     (Path(name) / "best.pt").touch()
     samples = measure(logits, labels, bootstrap_weights(split.groups, repeats))
+    facts = {"args": record["args"], "validation": figures}
     return record | {
+        "state": models.state_of(name, facts),
         "data": SimpleNamespace(test=split, val=SimpleNamespace(labels=torch.zeros(n_val)), classes=classes,
                                 multilabel=several),
         "facts": {"args": record["args"], "validation": figures, "sha256": name, "taught_by": [],

@@ -707,6 +707,24 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(few_phantoms, monkeypatc
     refused("other teachers")
 
 
+def test_more_images_without_a_label_are_more_steps_unless_an_epoch_has_so_many(few_phantoms):
+    run("--out", "teacher", role="teacher")
+    lengths = []
+    for steps in ((), ("--steps-per-epoch", "2")):
+        for role, who in (("baseline", ()), ("student", ("--teacher", "teacher"))):
+            out = f"{role}{len(steps)}"
+            run("--labels-per-class", "3", "--out", out, *who, *(steps or ("--steps-per-epoch", "3")), role=role)
+            lengths.append(facts_of(out)["made"]["epoch_length"])
+    assert lengths == [3, 3, 2, 2]
+    args = train.get_args(["--role", "student", *TINY, "--labels-per-class", "3", "--teacher", "teacher"])
+    args.steps_per_epoch = None
+    for alpha, images in ((0.0, 6), (0.5, 24)):  # of 24 images 6 have a label
+        args.alpha = alpha
+        split = data.load_as(vars(args), 32, ["train", "val"], "cache")
+        model = types.SimpleNamespace(facts={"first_weights": None, "seen_groups": []})
+        assert train.run_facts(args, split, model, [])["made"]["epoch_length"] == images
+
+
 def test_the_same_folder_may_be_written_in_several_ways(tmp_path):
     hospital(tmp_path / "xr", range(4), range(50, 52))
     flags = ("--weights", "none", "--finetune", "all", "--epochs", "1", "--out", "run")
@@ -899,7 +917,7 @@ def test_what_made_a_run_tells_its_flags_without_those_that_are_no_part_of_the_e
     assert (made["precision"], made["processes"]) == ("float32", 1)
     fingerprints = data.load("phantoms", 32).fingerprints
     assert {name: made[name] for name in ("train", "val", "test")} == fingerprints
-    assert made.keys() == {"flags", "precision", "processes", "train", "val", "test", "first_weights", "teachers"}
+    assert made.keys() == {"flags", "precision", "processes", "epoch_length", "train", "val", "test", "first_weights", "teachers"}
 
 
 # ---- whom a teacher has learned from

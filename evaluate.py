@@ -424,8 +424,8 @@ def origin(device):
 
 def usable_device(name):
     """An argparse type: the name of a CPU or GPU that torch can use here."""
-    kind, _, number = name.partition(":")
-    if name != "cpu" and (kind != "cuda" or int(number or 0) >= torch.cuda.device_count()):
+    n = torch.cuda.device_count()
+    if name not in ["cpu", *["cuda"] * (n > 0), *(f"cuda:{i}" for i in range(n))]:
         raise argparse.ArgumentTypeError(f"{name} is no device of this machine. Expected cpu, or "
                                          f"cuda or cuda:N where there is a GPU")
     return name

@@ -156,7 +156,8 @@ def load_checkpoint(path):
 def load_run(path):
     """The same for a checkpoint that train.py made, with all that its users read."""
     model, facts = load_checkpoint(path)
-    missing = RUN_FACTS - facts.keys() | RUN_FLAGS - {*(facts.get("args") or ())}
+    told = {name for name, value in facts.items() if value is not None}
+    missing = RUN_FACTS - told | RUN_FLAGS - {*(facts.get("args") or ())}
     if missing:
         raise UserError(f"{path} was not made by train.py: {', '.join(sorted(missing))} is missing")
     return model, facts
@@ -183,8 +184,7 @@ def existing_file(path):
     return path
 
 def refuse_foreign(path, facts, data):
-    """A network must know the classes; and neither it, nor its teachers and first weights, may have
-    learned from the patients that judge it or its student."""
+    """A network must know the classes; nothing behind it may have learned from who judges it."""
     if facts.get("classes", data.classes) != data.classes:
         raise UserError(f"{path} was trained on the classes {facts['classes']}, {data.source} has "
                         f"{data.classes}. Give the images it was trained for with --data")

@@ -109,13 +109,14 @@ def test_the_layer_is_the_last_before_the_pooling():
         assert evaluate.last_maps(model, torch.zeros(1, 3, 64, 64))[0] is model.get_submodule(name)
 
 
-def test_a_vision_transformer_has_tokens_and_no_maps_and_is_refused():
-    model = models.build("vit_b_32", 2, 224).eval()
-    with pytest.raises(data.UserError, match="no late layer of this network has any"):
-        evaluate.grad_cam(model, torch.zeros(1, 3, 224, 224), 0)
+def test_a_vision_transformer_works_on_tokens_and_is_refused_in_one_line():
+    model, x = models.build("vit_b_32", 2, 224).eval(), torch.zeros(1, 3, 224, 224)
+    for call in (lambda: evaluate.last_maps(model, x), lambda: evaluate.grad_cam(model, x, 0)):
+        with pytest.raises(data.UserError, match="^Grad-CAM needs maps, and no late layer of this network has any$"):
+            call()
 
 
-def test_a_swins_tokens_are_maps_by_themselves():
+def test_a_swins_tokens_lie_in_maps_and_have_heat():
     model = models.build("swin_t", 2, 224).requires_grad_(False).eval()
     heat = evaluate.grad_cam(model, torch.randn(2, 3, 224, 224), torch.tensor([0, 1]))
     assert heat.shape == (2, 224, 224) and heat.min() >= 0 and heat.amax() == pytest.approx(1)
@@ -284,6 +285,35 @@ def test_names_and_calls_stand_in_strips_above_and_below_and_hide_nothing_of_the
             assert (image == 128).all() and (above > 200).any() and (below > 200).any() == (column == 1)
     first, second = picture[:, 3:19, 3:227], picture[:, 3:19, 230:454]
     assert (second > 200).sum() > 3 * (first > 200).sum() and not (second[:, :, -10:] > 100).any()  # cut by a sign
+
+
+def test_each_run_draws_its_own_heat_over_the_same_test_images(few_phantoms, monkeypatch):
+    sizes, drawn, asked, real = {"a": 128, "b": 160}, [], {}, evaluate.heat_over
+    for seed, (name, size) in enumerate(sizes.items()):
+        fit("--out", name, "--size", str(size), "--seed", str(seed))
+    monkeypatch.setattr(evaluate, "heat_over", lambda folder, images, targets, device: (
+        asked.update({folder.name: (images, targets)}), real(folder, images, targets, device))[1])
+    real_draw = evaluate.draw_cams
+    monkeypatch.setattr(evaluate, "draw_cams", lambda path, columns: (drawn.extend(columns), real_draw(path, columns)))
+    evaluate.main(["a", "b", "--cam", "cams.png"])
+    picture, yellow = pixels("cams.png"), torch.tensor([255.0, 200, 0]).view(3, 1, 1)
+    heats, chosen = [], []
+    for i, (name, size) in enumerate(sizes.items()):
+        images, targets = asked[name]
+        test = data.load("phantoms", size, ("test",)).test
+        rows = [next(j for j, image in enumerate(test.images) if torch.equal(image, own)) for own in images]
+        chosen.append(rows)
+        assert targets.tolist() == test.labels[rows].tolist() and drawn[1 + i][1] == [name] * 6
+        model = models.load_checkpoint(name)[0]
+        heat = evaluate.grad_cam(model, data.prepare(images, torch.device("cpu")), targets)[:, None]
+        warm = F.interpolate(images + 0.6 * heat * (yellow - images), (224, 224), mode="bilinear")
+        left = 3 + 227 * (1 + i)
+        for row, wanted in enumerate(warm):
+            tile = picture[:, 19 + 259 * row : 243 + 259 * row, left : left + 224]
+            assert (wanted - tile).abs().max() < 2, (name, row)
+        heats.append(F.interpolate(heat, (224, 224), mode="bilinear"))
+    assert chosen[0] == chosen[1] and len(set(chosen[0])) == 6
+    assert (heats[0] - heats[1]).abs().amax((1, 2, 3)).min() > 0.1  # a swap would be seen
 
 
 def test_residuals_can_be_chosen_as_what_a_network_reads(few_phantoms):

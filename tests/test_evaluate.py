@@ -1,6 +1,7 @@
 """Figures against brute force, closed forms and committed values of scikit-learn 1.7 on the same inputs."""
 
 import itertools
+import argparse
 import json
 import math
 import random
@@ -1006,3 +1007,21 @@ def test_classes_other_than_those_of_training_are_refused(kermany, few_phantoms)
         (kermany / split / "PNEUMONIA").rename(kermany / split / "COVID")
     with pytest.raises(data.UserError, match="'PNEUMONIA'.*'COVID'"):
         evaluate.main([args.out, "--data", str(kermany)])
+
+
+@pytest.mark.parametrize("name", ["meta", "mps", "cuda", "cuda:99", "cuda:-1", "cuda:x", "cuda:", "gpu", ""])
+def test_a_device_that_is_not_there_is_said_whole(name, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", type=evaluate.usable_device)
+    assert parser.parse_args(["--device", "cpu"]).device == "cpu"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--device", name])
+    assert f"argument --device: {name} is no device of this machine. Expected cpu, or cuda or cuda:N " in capsys.readouterr().err
+
+
+def test_of_two_gpus_the_third_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        assert evaluate.usable_device(name) == name
+    with pytest.raises(argparse.ArgumentTypeError, match="^cuda:2 is no device of this machine"):
+        evaluate.usable_device("cuda:2")

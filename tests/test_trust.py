@@ -203,7 +203,7 @@ def test_a_run_that_lacks_a_fact_is_one_line_that_names_it_for_its_student_and_f
 
 @pytest.mark.parametrize("name, value", [
     ("arch", "resnet999"), ("arch", 7), ("arch", "resnet18"), ("num_classes", 3), ("num_classes", -1),
-    ("num_classes", 10**13), ("num_classes", "two"), ("classes", ["a", "b"]), ("args", {}), ("args", [1]),
+    ("num_classes", 10**13), ("num_classes", "two"), ("classes", ["a", "b"]), ("args", {}), ("args", [1]), ("args", None), ("size", None),
 ])  # fmt: skip
 def test_a_run_that_claims_another_network_or_other_classes_is_one_line(runs, name, value):
     spoil_facts(name, value)

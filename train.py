@@ -36,19 +36,19 @@ from evaluate import metrics, origin, predict, usable_device, write_csv
 from kd import MAX_T, distillation_loss, mean_teacher
 from models import forward
 
-SAVE_SECONDS = 20  # weights are saved no more often: AlexNet has 0.7 GB, and epochs of a second
+SAVE_SECONDS = 20  # weights are saved no more often: AlexNet writes 0.7 GB each time
 
 # ---- the loop ------------------------------------------------------------------------------------
 def train_one_epoch(model, batches, optimizer, T=1.0, alpha=0.9, label_smoothing=0.0,
                     aux_weight=0.0, clip=0.0, amp=False, sums=None):
     """One pass over `batches`; returns the mean loss, its two parts, and the training accuracy.
 
-    batches: any iterable of (x, y, teacher_logits): what the model reads, the labels, and what the
-    teacher says of the same images, or None. With None this is ordinary training: all that
-    distillation adds stands in kd.distillation_loss.
-    sums: six zeros on the device, in which the epoch's sums grow, for whoever shows progress.
+    batches: any iterable of (x, y, teacher_logits): what the model reads, the labels, and the
+    teacher's logits for the same images, or None. With None this is ordinary training: all that
+    distillation adds to this loop stands in kd.distillation_loss.
+    sums: six zeros on the device; the epoch's sums are added to them, for a progress line to read.
     """
-    model.train()  # the teacher is not in here: load_checkpoint put it in eval mode
+    model.train()  # the teacher is not in here: models.load_run put it in eval mode
     sums = torch.zeros(6, device=next(model.parameters()).device) if sums is None else sums
     for x, y, teacher_logits in batches:
         # (B, 3, H, W) images or (B, ...) features; (B,) or (B, K) labels; (B, C) or (B, K) logits
@@ -128,7 +128,7 @@ def input_table(args, model, trainable, split, device, live=False):
     key = fingerprint(args.arch, args.size, args.finetune, model.facts["first_weights"],
                       models.reading_key(model), split.key)
     path = Path(args.cache) / f"features-{args.arch}-{key}.npy"
-    return cached_outputs(table, path, device, torch.float16)  # VGG16: 25,088 an image
+    return cached_outputs(table, path, device, torch.float16)  # float16: VGG16 has 25,088
 
 def load_teachers(args, data, device):
     """A Table of each teacher's logits, and the facts of each.
@@ -176,7 +176,7 @@ def output_blocks(table, device, dtype):
         block = table.rows(rows, device).to("cpu", dtype)
         if not block.isfinite().all():
             raise UserError(f"a frozen network's outputs are not finite numbers in {dtype}: it "
-                            f"diverged. Use another --teacher or --weights")
+                            f"diverged, or they are too large. Use another --teacher or --weights")
         yield block.numpy()
 
 def on_device(tensor, device):
@@ -195,7 +195,7 @@ def processes():
 # ---- a run, from its images to its last epoch ----------------------------------------------------
 def train(args):
     device, (rank, world) = torch.device(args.device), processes()
-    if rank:  # the first process decodes and asks alone; the others wait, and then find its tables
+    if rank:  # the first process decodes and asks the teachers; the others then find its tables
         dist.barrier()
     check_sources(args)  # before any image is decoded
 
@@ -234,7 +234,7 @@ def train(args):
         row = {"epoch": epoch, **row, "lr": lr, "seconds": round(time.perf_counter() - start, 2)}
         figures, validation = validate(args, trainable, val_inputs, data)
         history.append(row | validation)
-        if better := is_best(history, data.multilabel):  # a copy: the model itself learns on
+        if better := is_best(history, data.multilabel):  # a copy: the model goes on learning
             best = copy.deepcopy(model), {**facts, "epoch": epoch, "validation": figures,
                                           "train_accuracy": row["train_accuracy"]}
         if finished(args, history[-1]) or time.perf_counter() - saved >= SAVE_SECONDS:
@@ -323,8 +323,8 @@ NOT_COMPARED = ("teacher", "weights", "no_amp", "device", "out", "recipe", "cach
 
 def run_facts(args, data, model, taught_by):
     """What a checkpoint remembers beside its network: what made it, and whom it has seen.
-    `made` is compared wherever runs are: resuming leaves out nothing of it, a row of several seeds
-    the seed, a gain what distillation is (evaluate.without)."""
+    `made` is what runs are compared by: on resuming all of it, in a row of several seeds all but
+    the seed, for a gain all but what distillation is (evaluate.without)."""
     place = args.data if args.data in PHANTOM_SOURCES else str(Path(args.data).resolve())
     flags = {k: v for k, v in vars(args).items() if k not in NOT_COMPARED} | {"data": place}
     made = {"flags": flags, "first_weights": model.facts["first_weights"], **data.fingerprints,
@@ -451,8 +451,8 @@ RECIPES = {  # RECIPES[name][role]: flag -> value
         teacher=dict(arch="densenet161"), student=dict(arch="mnasnet1_0")),
     # Its miniature: phantoms with three findings, random weights.
     "findings": recipe(
-        dict(size=96, epochs=10, batch_size=16, lr=0.05, lr_step=7, lr_gamma=0.2, clip=1.0),
-        teacher=dict(arch="resnet18"), student=dict(arch="mnasnet1_0")),
+        dict(data="findings", size=96, epochs=10, batch_size=16, lr=0.05, lr_step=7, lr_gamma=0.2,
+             clip=1.0), teacher=dict(arch="resnet18"), student=dict(arch="mnasnet1_0")),
 }
 
 LIMITS = dict(T=(1e-3, MAX_T), alpha=(0, 1), val_fraction=(0, 1), wrong_labels=(0, 1), lr=(0, 1e9),
@@ -466,7 +466,7 @@ def get_args(argv=None):
                                 formatter_class=Help, allow_abbrev=False)
     add = p.add_argument_group("what is trained").add_argument
     add("--role", required=True, choices=RECIPES["demo"], help="what to train")
-    add("--recipe", choices=RECIPES, help="defaults: demo, or pneumonia where --data is given")
+    add("--recipe", choices=RECIPES, help="defaults: demo, findings, or pneumonia for a folder")
     add("--arch", default="alexnet", help="a classifier of torchvision, or of models.NETWORKS")
     add("--weights", default="none", help="to start from: none (random), imagenet, FILE")
     add("--finetune", default="all", choices=["all", "fc", "head"],
@@ -502,7 +502,7 @@ def get_args(argv=None):
     add("--stop-at", type=float, metavar="ACCURACY",
         help="a defective teacher: end after the first epoch that validates better")
     add = p.add_argument_group("where does it run, and what is kept").add_argument
-    add("--seed", type=int, default=0, help="of weights, order, dropout, --augment; not of splits")
+    add("--seed", type=int, default=0, help="of weights, order, dropout, --augment; not of data")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda or cuda:N")
     add("--no-amp", action="store_true", help="float32 on a GPU, not bfloat16")

@@ -490,8 +490,10 @@ def test_every_flag_overrides_a_recipe_and_a_recipe_is_chosen_by_the_data():
     for argv, wanted in ((["--role", "student"], ("demo", 20, 0.2, "none")),
                          (["--role", "student", "--epochs", "3", "--weights", "x"], ("demo", 3, 0.2, "x")),
                          (["--role", "baseline", "--data", "x"], ("pneumonia", 20, 0.0, "imagenet")),
+                         (["--role", "teacher", "--recipe", "findings"], ("findings", 10, 0.0, "none")),
                          (["--role", "teacher", "--data", "findings"], ("findings", 10, 0.0, "none"))):  # fmt: skip
         args = train.get_args(argv)
+        assert args.recipe not in ("demo", "findings") or args.data == {"demo": "phantoms"}.get(args.recipe, "findings")
         assert (args.recipe, args.epochs, args.wrong_labels, args.weights) == wanted
 
 

@@ -241,7 +241,7 @@ class Bomb:
 def save_run_without(*names, model):
     """x.pt: a run's checkpoint as it must be, but for some facts and flags."""
     args = {flag: None for flag in models.RUN_FLAGS if flag not in names}
-    facts = {**model.facts, **dict.fromkeys(models.RUN_FACTS), "args": args}
+    facts = {**model.facts, **dict.fromkeys(models.RUN_FACTS, 1), "args": args}
     facts = {name: value for name, value in facts.items() if name not in names}
     torch.save({"format": models.FORMAT, "model": model.state_dict(), "facts": facts}, "x.pt")
 

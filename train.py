@@ -116,7 +116,7 @@ def paired_batches(inputs, labels, teachers, args, generator, device="cpu"):
 
 def input_table(args, model, trainable, split, device, live=False):
     """What the trainable part reads: images; or, behind a frozen body, the features of each image.
-    An epoch of the paper's student takes a ninth of the time from such a table.
+    An epoch of the recipe pneumonia's student takes a ninth of the time from such a table.
     live: the images move (--augment), so the body is asked about every batch anew."""
     images = on_device(split.images, device)
     if trainable is model:
@@ -128,14 +128,14 @@ def input_table(args, model, trainable, split, device, live=False):
     key = fingerprint(args.arch, args.size, args.finetune, model.facts["first_weights"],
                       models.reading_key(model), split.key)
     path = Path(args.cache) / f"features-{args.arch}-{key}.npy"
-    return cached_outputs(table, path, device, torch.float16)  # float16: VGG16 has 25,088
+    return cached_outputs(table, path, device, torch.float16)  # VGG16: 25,088 an image
 
 def load_teachers(args, data, device):
     """A Table of each teacher's logits, and the facts of each.
 
     A teacher sees the images at its own size. Without --augment its logits depend on neither epoch
     nor T nor seed: it is asked once, in float32. With --augment it is asked at every step, about
-    the very views that the student sees. One that has learned from the student's validation or
+    images moved as the student's are. One that has learned from the student's validation or
     test patients is refused: its logits would carry their labels into training."""
     tables, taught_by = [], []
     for path in args.teacher or []:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import NIH_HEADER, fit, image_file, tiny_network
+from conftest import NIH_HEADER, fit, image_file
 
 import data
 import evaluate
@@ -233,7 +233,6 @@ def test_images_with_several_findings_learn_with_the_sigmoid_loss(few_phantoms, 
 def test_a_finding_that_no_image_has_a_label_of_is_learned_from_the_teacher_alone(chexpert, monkeypatch):
     """The third finding of this CheXpert is uncertain in every image: without a teacher its row of the
     head does not move."""
-    monkeypatch.setitem(models.NETWORKS, "tiny", tiny_network)
     flags = ["--data", str(chexpert), "--recipe", "multilabel", "--weights", "none", "--arch", "tiny",
              "--size", "32", "--epochs", "1", "--batch-size", "4", "--clip", "0"]  # fmt: skip
     for i, path in enumerate(sorted(chexpert.glob("train/*/*/*_frontal.jpg"))):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import TINY, few_phantoms_of, fit, tiny_network
+from conftest import TINY, few_phantoms_of, fit
 
 import data
 import models
@@ -127,7 +127,6 @@ def cut_run(patch):
 def one_of_several():
     rank = os.environ["RANK"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.NETWORKS, "tiny", tiny_network)
         few_phantoms_of(patch)
         patch.setattr(sys, "stdout", open(f"printed-{rank}", "w", buffering=1))
         results = {"run": watched_run(patch, "--out", "run")}
@@ -164,7 +163,6 @@ def results(folder):
 @pytest.fixture
 def alone(few_phantoms, monkeypatch):
     """The same run by one process."""
-    monkeypatch.setitem(models.NETWORKS, "tiny", tiny_network)
     return watched_run(monkeypatch, "--out", "alone")
 
 
@@ -224,14 +222,12 @@ def test_one_process_writes_and_prints_and_one_alone_does_not_go_on_with_their_r
     assert len((folder / "run/history.csv").read_text().splitlines()) == 1 + 2
     assert (folder / "printed-0").read_text().count("run is finished, epoch 2") == 1
     assert not (folder / "printed-1").read_text()
-    monkeypatch.setitem(models.NETWORKS, "tiny", tiny_network)
     monkeypatch.chdir(folder)
     with pytest.raises(data.UserError, match=r"begun with processes 2 \(now 1\)"):  # other bits
         fit("--out", "run", small=TINY)
 
 
 def test_a_run_of_two_processes_that_both_died_is_taken_up_to_the_same_bits(folder, results, monkeypatch):
-    monkeypatch.setitem(models.NETWORKS, "tiny", tiny_network)
     assert (folder / "printed-0").read_text().count("going on after epoch 1") == 1
     model, facts = models.load_run(folder / "cut")
     last = torch.cat([p.flatten() for p in model.parameters()])

@@ -8,21 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, fit, tiny_network
+from conftest import fit, run
 
 import data
 import evaluate
 import models
 import train
-
-
-@pytest.fixture(autouse=True)
-def with_tiny(monkeypatch):
-    monkeypatch.setitem(models.NETWORKS, "tiny", tiny_network)
-
-
-def run(*flags, role="teacher"):
-    return fit(*flags, role=role, small=TINY)
 
 
 # ---- SE-ResNets

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, TINY, fit, image_file, tiny_network
+from conftest import fit, image_file, run, SMALL, TINY
 
 import data
 import evaluate
@@ -22,15 +22,6 @@ import models
 import train
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def with_tiny(monkeypatch):
-    monkeypatch.setitem(models.NETWORKS, "tiny", tiny_network)
-
-
-def run(*flags, role="teacher"):
-    return fit(*flags, role=role, small=TINY)
 
 
 def perceptron(classes=2):
@@ -945,12 +936,10 @@ def family(tmp_path_factory):
     small = [*TINY, *HOSPITAL, "--cache", str(root / "cache")]
     a, b = hospital(root / "a", range(8), range(50, 52)), hospital(root / "b", range(10, 18), range(60, 62))
     d = hospital(root / "d", range(30, 38), range(80, 82))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.NETWORKS, "tiny", tiny_network)
-        fit("--data", a, "--out", f"{root}/of_a", small=small)
-        fit("--data", b, "--out", f"{root}/taught", "--teacher", f"{root}/of_a", role="student", small=small)
-        fit("--data", b, "--out", f"{root}/begun", "--weights", f"{root}/of_a", small=small)
-        fit("--data", d, "--out", f"{root}/clean", small=small)
+    fit("--data", a, "--out", f"{root}/of_a", small=small)
+    fit("--data", b, "--out", f"{root}/taught", "--teacher", f"{root}/of_a", role="student", small=small)
+    fit("--data", b, "--out", f"{root}/begun", "--weights", f"{root}/of_a", small=small)
+    fit("--data", d, "--out", f"{root}/clean", small=small)
     (root / "of_a").rename(root / "moved/x")
     a, b = (names(data.load(s, 32, val_fraction=0.25, cache=root / "cache").train) for s in (a, b))
     return types.SimpleNamespace(root=root, small=small, a=a, b=b)

@@ -13,22 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, few_phantoms_of, fit, image_file, tiny_network
+from conftest import few_phantoms_of, image_file, run, TINY
 from PIL import Image
 
 import data
 import evaluate
 import models
 import train
-
-
-@pytest.fixture(autouse=True)
-def with_tiny(monkeypatch):
-    monkeypatch.setitem(models.NETWORKS, "tiny", tiny_network)
-
-
-def run(*flags, role="teacher"):
-    return fit(*flags, role=role, small=TINY)
 
 
 def tiny():
@@ -153,7 +144,6 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(tmp_path_factory.mktemp("trained"))
         few_phantoms_of(patched)
-        patched.setitem(models.NETWORKS, "tiny", tiny_network)
         run("--out", "teacher", "--epochs", "1")
         patched.setattr(train, "SAVE_SECONDS", 0)
         patched.setattr(train, "describe_epoch", lambda *_: 1 / 0)
@@ -167,10 +157,13 @@ def runs(trained, few_phantoms):
     shutil.copytree(trained, ".", dirs_exist_ok=True)
 
 
-def spoil_facts(name, value=None):
+GONE = object()
+
+
+def spoil_facts(name, value=GONE):
     content = torch.load("teacher/best.pt", weights_only=True)
     facts = {k: v for k, v in content["facts"].items() if k != name}
-    torch.save({**content, "facts": facts if value is None else {**facts, name: value}}, "teacher/best.pt")
+    torch.save({**content, "facts": facts if value is GONE else {**facts, name: value}}, "teacher/best.pt")
 
 
 def teach():

@@ -9,8 +9,7 @@ Below a figure stands its 95 % interval. The last rows are student minus baselin
 positive one: sensitivity is the share of its images that are found, specificity the share of the
 others left alone. With more classes each is taken against the rest, then averaged.
 
-In this order: metrics and the bootstrap; runs and the table; reports and Grad-CAM pictures; text
-and files; the command line.
+In this order: metrics, runs and the table, reports and Grad-CAM, text and files, command line.
 """
 
 import argparse
@@ -262,7 +261,8 @@ def notes(records):
     """The sentences below the table."""
     multilabel, classes = records[0]["data"].multilabel, records[0]["data"].classes
     if len(classes) == 2 and not multilabel:
-        yield f"positive: {classes[1]}"
+        advice = " (if that is the healthy class, call it NORMAL)"
+        yield f"positive: {classes[1]}{advice * (classes[0].upper() != 'NORMAL')}"
     yield "ece: lower is better"
     for r in records if not multilabel else []:
         calls = {k for row in r["figures"]["confusion"] for k, n in enumerate(row) if n}

@@ -537,6 +537,7 @@ def test_a_rare_finding_is_left_out_of_every_seed_alike():
 
 @pytest.mark.parametrize("classes, told", [
     (["NORMAL", "PNEUMONIA"], "positive: PNEUMONIA"), (["normal", "covid"], "positive: covid"),
+    (["covid", "healthy"], "positive: healthy (if that is the healthy class, call it NORMAL)"),
     (["NORMAL", "BACTERIAL", "VIRAL"], None),
 ])  # fmt: skip
 def test_the_table_names_the_positive_class_where_there_is_one(classes, told):

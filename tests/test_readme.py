@@ -17,12 +17,16 @@ from conftest import image_file
 
 import data
 import evaluate
+import kd
 import models
 import profile_gpu
 import train
+from results import draws
 
 ROOT = Path(train.__file__).parent
-README, RESULTS = ((ROOT / path).read_text() for path in ("README.md", "results/README.md"))
+README, RESULTS, ALL = (
+    (ROOT / path).read_text() for path in ("README.md", "results/README.md", "results/all.sh")
+)
 MAINS = {"train.py": train.main, "evaluate.py": evaluate.main, "data.py": data.main,
          "profile_gpu.py": profile_gpu.main}  # fmt: skip
 # Commands that this suite cannot run within itself: their words are only echoed. `set -f`: globs as typed.
@@ -36,7 +40,7 @@ def blocks(page, *languages):
 
 def commands(page):
     """Every command of a page, its variables unfolded by the shell, and of each loop the first turn."""
-    for block in blocks(page, "bash", "sh"):
+    for block in [page] if page.startswith("#!") else blocks(page, "bash", "sh"):
         block = re.sub(r"for (\w) in (\S+)[^;\n]*;", r"for \1 in \2;", block)
         block = re.sub(r"python3 -m venv.*?requirements.txt|pip install.*", "", block.replace("\\\n", " "))
         told = subprocess.run(["bash", "-ec", ECHO + block], capture_output=True, text=True, check=True)
@@ -50,6 +54,7 @@ def miniatures(tmp_path, monkeypatch, few_phantoms, kermany, mura, nih, chexpert
     (tmp_path / "data").mkdir()
     kermany.rename(tmp_path / "data/chest_xray")
     shutil.copytree(tmp_path / "data/chest_xray", tmp_path / "images")
+    shutil.copytree(tmp_path / "data/chest_xray", tmp_path / "data/draw-0")
     image_file(tmp_path / "image.jpeg")
     squeezenet = models.bare_network
     monkeypatch.setattr(models, "bare_network", lambda arch, aux: squeezenet("squeezenet1_1", aux))
@@ -65,8 +70,9 @@ def miniatures(tmp_path, monkeypatch, few_phantoms, kermany, mura, nih, chexpert
 def run(words):
     """Run one command in this process; what it prints."""
     words = words[words.index("train.py") - 1 :] if words[0] == "torchrun" else words
-    script, words = words[1], words[2:]
-    for flag, tiny in (("--epochs", "1"), ("--size", "32"), ("--steps-per-epoch", "1")):
+    script, words = words[1], [re.sub(r"(-10-seed)\d$", r"\g<1>0", word) for word in words[2:]]  # one was trained
+    for flag, tiny in (("--epochs", "1"), ("--size", "32"), ("--steps-per-epoch", "1"),
+                       ("--val-fraction", "0.1")):  # fmt: skip
         if flag in words:
             words[words.index(flag) + 1] = tiny
     if script == "profile_gpu.py":
@@ -115,17 +121,50 @@ def test_every_command_of_the_readme_runs_and_the_demo_prints_what_is_shown(mini
     assert torch.allclose(student(x).flatten(1), models.forward(model, x)[0], atol=1e-5)
 
 
-def test_every_command_of_the_results_runs(miniatures):
-    assert len(list(typed(RESULTS))) > 20
+@pytest.mark.parametrize("page", [RESULTS, ALL], ids=["page", "all.sh"])
+def test_every_command_of_the_results_runs(miniatures, page):
+    assert len(list(typed(page))) > 20
+
+
+def test_a_draw_labels_ten_others_of_each_class_and_validates_on_the_same_images(tmp_path, capsys):
+    for kind, pattern, n in (("NORMAL", "IM-{:04}-{}.png", 60), ("SICK", "person{}_virus_{}.png", 150)):
+        for i in range(n):
+            folder = tmp_path / "set" / ("train" if i % 6 > 1 else "test") / kind
+            image_file(folder / pattern.format(i // 2, i), side=8)
+    whole, labelled = data.load("set", 8, labels_per_class=10), []
+    for draw in (0, 1):
+        draws.link("set", draw)
+        said = capsys.readouterr().out
+        folder, share = re.fullmatch(r"(\S+): --labels-per-class 10 --val-fraction (\S+)\n", said).groups()
+        drawn = data.load(folder, 8, labels_per_class=10, val_fraction=float(share))
+        assert drawn.fingerprints["val"] == whole.fingerprints["val"]
+        assert drawn.fingerprints["test"] == data.load("set", 8).fingerprints["test"]
+        assert sorted(Path(id).name for id in drawn.train.ids) == sorted(Path(id).name for id in whole.train.ids)
+        labelled.append({id for id, k in zip(drawn.train.ids, drawn.train.labels, strict=True) if k >= 0})
+        assert drawn.train.labels[drawn.train.labels >= 0].bincount().tolist() == [10, 10]
+    first = {id for id, k in zip(whole.train.ids, whole.train.labels, strict=True) if k >= 0}
+    assert labelled[0] == first and labelled[1] != first
 
 
 def test_the_output_below_the_python_of_the_readme_is_what_it_prints():
     names, lessons = {}, [code for code in blocks(README, "python") if "torch.export" not in code]
-    assert len(lessons) == 2
+    assert len(lessons) == 1
     for code in lessons:
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            exec(code, names)  # the second goes on from the first
+            exec(code, names)
         assert README.split(f"{code}```\n\n")[1].startswith(f"```\n{said.getvalue()}```\n")
+
+
+def test_a_student_is_pulled_to_the_probabilities_that_the_readme_says():
+    teacher, viral, told = torch.tensor([[-1.0, 4.0, 2.5]]), torch.tensor([2]), []
+    for alpha in (0.9, 0.5):
+        student = torch.zeros(1, 3, requires_grad=True)
+        kd.distillation_loss(student, teacher, viral, 1, alpha)[0].backward()
+        target = student.softmax(1)[0] - student.grad[0]  # the gradient is q - target
+        told.append([f"{p:.2f}" for p in target.tolist()])
+    (n, b, v), low = told
+    sentence = f"normal {n}, bacterial {b}, viral {v} at alpha 0.9, and {', '.join(low)} at alpha 0.5"
+    assert sentence in README.replace("\n", " ")
 
 
 def measured(name):
@@ -163,7 +202,7 @@ def test_the_bars_of_the_figure_are_as_high_as_the_softened_answers():
 
 
 def test_every_name_that_the_pages_point_to_exists():
-    scripts = {"kd": __import__("kd"), "data": data, "models": models, "evaluate": evaluate, "train": train,
+    scripts = {"kd": kd, "data": data, "models": models, "evaluate": evaluate, "train": train,
                "profile_gpu": profile_gpu}  # fmt: skip
     names = re.findall(r"`(kd|data|models|evaluate|train|profile_gpu)\.(\w+)`", README + RESULTS)
     assert len(names) >= 10
@@ -185,7 +224,7 @@ def test_the_lines_to_read_first_are_as_many_as_the_readme_says():
 def test_the_cells_of_the_results_are_those_that_were_measured():
     """Every cell of a table that follows a link to a file of results stands in that file's tables."""
     for section in RESULTS.split("\n## ")[1:]:
-        for name in set(re.findall(r"\]\((xrays|two-cores|labels|course|three-classes)\.json\)", section)):
+        for name in set(re.findall(r"\]\((demo|xrays|two-cores|labels|course|three-classes)\.json\)", section)):
             kept = json.loads((ROOT / f"results/{name}.json").read_text())
             measured = re.sub(r"\s+", " ", " ".join(kept["tables"]))
             rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]

@@ -146,7 +146,7 @@ def existing_folder(source):
     there = ", ".join(sorted(folder.name for folder in root.glob("*/"))[:9]) or "none"
     why = f"No folder train in {root}, but {there}" if root.exists() else f"No such folder: {root}"
     raise UserError(f"{why}. Expected train/CLASS/*.jpeg or a CSV set: give --data where it is, or "
-                    f"fetch one: python data.py --download {root}")
+                    "fetch one: python data.py --download data/chest_xray")
 
 # ---- class folders -------------------------------------------------------------------------------
 def record(id, label, folder, path=None, group=None, negative=False, **more):
@@ -187,6 +187,8 @@ def list_class_folders(root, classes):
         print_once(f"val/: its {n} images are training images, among which validation is chosen")
     if n := sum(r["group"] == r["id"] for r in records):
         print_once(f"{n} of {len(records)} file names tell no patient: each counts as a patient")
+    if len(names) == 2 and names[0].upper() != "NORMAL":
+        print_once(f"positive: {names[1]}. If that is the healthy class, rename its folder NORMAL")
     names = [name.removeprefix("XR_") for name in names]
     return records, ["NORMAL", "BACTERIAL", "VIRAL"] if three else names
 

@@ -87,8 +87,7 @@ def measure(logits, labels, weights):
     aucs = [auc(odd, labels == k, weights) for k, odd in zip(positive, odds, strict=True)]
     return {
         "accuracy": right.sum(1) / total,
-        "specificity": (tn / (tn + fp)).mean(1),
-        "sensitivity": (tp / (tp + fn)).mean(1),
+        "specificity": (tn / (tn + fp)).mean(1), "sensitivity": (tp / (tp + fn)).mean(1),
         # Nothing called positive: 0, as is customary; no positive to be found: not a number.
         "precision": (tp / (tp + fp).clamp(min=1e-12)).where(tp + fn > 0, torch.nan).mean(1),
         "f1": (2 * tp / (2 * tp + fp + fn)).where(tp + fn > 0, torch.nan).mean(1),
@@ -261,13 +260,12 @@ def notes(records):
     """The sentences below the table."""
     multilabel, classes = records[0]["data"].multilabel, records[0]["data"].classes
     if len(classes) == 2 and not multilabel:
-        advice = " (if that is the healthy class, call it NORMAL)"
-        yield f"positive: {classes[1]}{advice * (classes[0].upper() != 'NORMAL')}"
+        yield f"positive: {classes[1]}"
     yield "ece: lower is better"
     for r in records if not multilabel else []:
         calls = {k for row in r["figures"]["confusion"] for k, n in enumerate(row) if n}
-        if len(calls) == 1 and r["figures"]["interval"]["auc"][0] <= 0.5:
-            yield f"{r['folder'].name} always says {classes[calls.pop()]}: it has learned nothing"
+        if len(calls) == 1:  # its AUC tells whether it has learned nothing, or lacks a threshold
+            yield f"{r['folder'].name} says {classes[calls.pop()]} of every image"
     n = min(len(r["data"].val.labels) for r in records)
     if n < 50 and not multilabel:
         yield f"{n} validation images: their accuracy moves in steps of {100 / n:.1f} points"

@@ -180,7 +180,7 @@ def run_file(path):
 def existing_file(path):
     path = run_file(path)
     if not path.exists():
-        raise UserError(f"No such file: {path}. Train that run first, or name another")
+        raise UserError(f"No such file: {path}. Train that run first, or name another folder")
     return path
 
 def refuse_foreign(path, facts, data):

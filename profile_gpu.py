@@ -31,8 +31,7 @@ PAPER = {  # arXiv 2406.08837, Tables I and V: shown in brackets beside ours
     "resnet18": {"depth": 19, "parameters M": 14.79, "multiply-adds M": 1875},
     "resnet34": {"depth": 35, "parameters M": 25.21, "multiply-adds M": 3750},
     "inception_v3": {"depth": 166, "parameters M": 24.79, "multiply-adds M": 5208,
-                     "GB allocated": 3.54, "GPU busy %": 95.96, "hours": 0.81},
-}
+                     "GB allocated": 3.54, "GPU busy %": 95.96, "hours": 0.81}}
 
 # ---- instruments ---------------------------------------------------------------------------------
 def interleaved(calls, device, rounds):

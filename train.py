@@ -365,11 +365,12 @@ def resume(args, facts, model, optimizer):
         before, now = ({**made, **made["flags"], "flags": None}
                        for made in (saved["facts"]["made"], facts["made"]))
         pairs = {name: (before.get(name), now.get(name)) for name in before | now}
-        changed = [f"{name} {old} (now {new})" if len(f"{old}{new}") < 120 else f"other {name}"
+        changed = [f"other {name}" if name in ("train", "val", "test") or len(f"{old}{new}") > 119
+                   else f"{name} {old} (now {new})"
                    for name, (old, new) in pairs.items() if old != new]
         if changed:
             raise UserError(f"{args.out} was begun with {', '.join(changed)}. Repeat that command, "
-                            f"or choose another --out")
+                            f"choose another --out, or delete that folder")
         if not finished(args, history[-1]):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["facts"]["optimizer"])

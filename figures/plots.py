@@ -52,8 +52,8 @@ def curves(folders):
     for i, (name, histories) in enumerate(panels.items(), 1):
         ax = fig.add_subplot(height, 3, i, title=name, sharey=ax)
         for history in histories:
-            ax.plot(history["epoch"], 100 * history["train_accuracy"], "--", color="0.5")
-            ax.plot(history["epoch"], 100 * history["val_accuracy"], "k-", linewidth=1)
+            ax.plot(history["epoch"], 100 * history["train_accuracy"], ".--", color="0.5")
+            ax.plot(history["epoch"], 100 * history["val_accuracy"], "k.-", linewidth=1)
     return fig
 
 

@@ -29,7 +29,7 @@ demo() {
 }
 
 labels() {  # 37 steps: an epoch of all labels at the recipe's batch
-  few="--steps-per-epoch 37 --epochs 10" r=runs/labels
+  few="--steps-per-epoch 37 --epochs 5" r=runs/labels
   for s in 0 1 2; do
     python train.py --role teacher $inception --seed $s --out $r/inception-seed$s
     for n in 10 30 100 300; do

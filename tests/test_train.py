@@ -673,7 +673,7 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(few_phantoms, monkeypatc
     flags = ("--teacher", "first1", "--weights", "weights.pt", "--out", "run")
 
     def refused(sentence, *more):
-        with pytest.raises(data.UserError, match=f"^run was begun with {sentence}. Repeat that command, or [^\n]*$"):
+        with pytest.raises(data.UserError, match=f"^run was begun with {sentence}. Repeat that command, [^\n]*$"):
             run(*flags, *more, role="student")
 
     run(*flags, role="student")
@@ -692,7 +692,7 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(few_phantoms, monkeypatc
         patch.setattr(data, "list_phantoms", lambda source: [
             {**r, "label": 1 - r["label"], "kind": 1 - r["kind"]} for r in real(source)])  # fmt: skip
         patch.setattr(models, "refuse_foreign", lambda *_: None)
-        refused(r"train \w{16} \(now \w{16}\), val \w{16} \(now \w{16}\), test \w{16} \(now \w{16}\)")
+        refused("other train, other val, other test")
     args = train.get_args(["--role", "student", *TINY, *flags])
     args.device, args.no_amp, args.cache = "cpu:0", True, "elsewhere"  # none of these changes what is trained
     train.train(args)

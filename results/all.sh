@@ -43,14 +43,6 @@ labels() {  # 37 steps: an epoch of all labels at the recipe's batch
   done
   python evaluate.py $r --json results/labels.json
   python figures/plots.py labels results/labels.json figures/labels.svg
-
-  python results/draws.py data/chest_xray 1 2  # other labelled images, all others in UNLABELLED
-  for d in 1 2; do
-    x="--data data/draw-$d --weights ${WEIGHTS:-imagenet} $few --labels-per-class 10 --val-fraction 0.9306"
-    python train.py --role baseline $x --out runs/draws/alone-$d
-    python train.py --role student --T 1 $x --teacher runs/draws/alone-$d --out runs/draws/self-$d
-  done
-  python evaluate.py runs/draws --json results/draws.json
 }
 
 cores() {  # the temperatures

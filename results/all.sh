@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Every table that two cores can make: bash results/all.sh, or one part: bash results/all.sh labels
 #
-# Parts: demo labels cores findings costs. Finished runs are not trained again, a killed one goes on.
-# labels and cores need the X-rays in data/chest_xray. WEIGHTS and TEACHER_WEIGHTS name files, where
-# torchvision's ImageNet weights cannot be fetched.
+# Parts: demo labels ten draws cores findings costs. Finished runs are not trained again, a killed one
+# goes on. labels, ten, draws (in this order) and cores need the X-rays in data/chest_xray. WEIGHTS and
+# TEACHER_WEIGHTS name files, where torchvision's ImageNet weights cannot be fetched.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 xrays="--data data/chest_xray --weights ${WEIGHTS:-imagenet}"
+few="--steps-per-epoch 37 --epochs 5"  # 37 steps: an epoch of all labels at the recipe's batch
 inception="--data data/chest_xray --weights ${TEACHER_WEIGHTS:-imagenet} --size 128 --epochs 3"
 
 demo() {
@@ -30,10 +31,13 @@ demo() {
     runs/demo/student-T1-seed*
 }
 
-labels() {  # 37 steps: an epoch of all labels at the recipe's batch
-  few="--steps-per-epoch 37 --epochs 5" r=runs/labels
+labels() {
+  r=runs/labels
   for s in 0 1 2; do
+    x="$xrays $few --seed $s"
     python train.py --role teacher $inception --seed $s --out $r/inception-seed$s
+    python train.py --role baseline $x --out $r/alone-all-seed$s
+    python train.py --role student --T 1 $x --teacher $r/inception-seed$s --out $r/taught-all-seed$s
     for n in 10 30 100 300; do
       x="$xrays $few --seed $s --labels-per-class $n"
       python train.py --role baseline $x --out $r/alone-$n-seed$s
@@ -43,6 +47,31 @@ labels() {  # 37 steps: an epoch of all labels at the recipe's batch
   done
   python evaluate.py $r --json results/labels.json
   python figures/plots.py labels results/labels.json figures/labels.svg
+}
+
+ten() {  # other ways to hand on ten labels of each class
+  r=runs/ten alone=runs/labels/alone-10
+  for s in 0 1 2; do
+    x="$xrays $few --seed $s --labels-per-class 10"
+    student="--role student $x --teacher"
+    python train.py $student $alone-seed$s --T 4 --out $r/T4-seed$s
+    python train.py $student $alone-seed0 $alone-seed1 $alone-seed2 --T 1 --out $r/three-teachers-seed$s
+    python train.py --role baseline $x --augment --out $r/moved-alone-seed$s
+    python train.py $student $alone-seed$s --T 1 --augment --out $r/moved-seed$s
+  done
+  python evaluate.py $r $alone-seed* --json results/ten.json
+}
+
+draws() {  # ten other labels of each class, the rest in train/UNLABELLED
+  r=runs/draws
+  python results/draws.py data/chest_xray 0 1 2
+  for d in 0 1 2; do
+    x="--data data/draw-$d --weights ${WEIGHTS:-imagenet} $few --labels-per-class 10 --val-fraction 0.9306"
+    python train.py --role baseline $x --out $r/alone-$d
+    python train.py --role student --T 1 $x --teacher runs/labels/inception-seed0 --out $r/taught-$d
+    python train.py --role student --T 1 $x --teacher $r/alone-$d --out $r/self-$d
+  done
+  python evaluate.py $r --json results/draws.json
 }
 
 cores() {  # the temperatures
@@ -71,4 +100,4 @@ costs() {  # on a machine that does nothing else
     --json results/cost-inception_v3-alexnet.json
 }
 
-for part in ${@:-demo labels cores findings costs}; do $part; done
+for part in ${@:-demo labels ten draws cores findings costs}; do $part; done

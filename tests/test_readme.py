@@ -21,6 +21,7 @@ import kd
 import models
 import profile_gpu
 import train
+from results import draws
 
 ROOT = Path(train.__file__).parent
 README, RESULTS, ALL = (
@@ -52,7 +53,8 @@ def miniatures(tmp_path, monkeypatch, few_phantoms, kermany, mura, nih, chexpert
     small network under every name, for what is tried here is the commands."""
     (tmp_path / "data").mkdir()
     kermany.rename(tmp_path / "data/chest_xray")
-    shutil.copytree(tmp_path / "data/chest_xray", tmp_path / "images")
+    for name in ("images", "data/draw-0"):
+        shutil.copytree(tmp_path / "data/chest_xray", tmp_path / name)
     image_file(tmp_path / "image.jpeg")
     squeezenet = models.bare_network
     monkeypatch.setattr(models, "bare_network", lambda arch, aux: squeezenet("squeezenet1_1", aux))
@@ -67,8 +69,9 @@ def miniatures(tmp_path, monkeypatch, few_phantoms, kermany, mura, nih, chexpert
 
 def run(words):
     """Run one command in this process; what it prints."""
-    script, words = words[1], words[2:]
-    for flag, tiny in (("--epochs", "1"), ("--size", "32"), ("--steps-per-epoch", "1")):
+    script, words = words[1], [re.sub(r"(-10-seed)\d$", r"\g<1>0", word) for word in words[2:]]  # one was trained
+    for flag, tiny in (("--epochs", "1"), ("--size", "32"), ("--steps-per-epoch", "1"),
+                       ("--val-fraction", "0.1")):  # fmt: skip
         if flag in words:
             words[words.index(flag) + 1] = tiny
     if script == "profile_gpu.py":
@@ -120,6 +123,26 @@ def test_every_command_of_the_readme_runs_and_the_demo_prints_what_is_shown(mini
 @pytest.mark.parametrize("page", [RESULTS, ALL], ids=["page", "all.sh"])
 def test_every_command_of_the_results_runs(miniatures, page):
     assert len(list(typed(page))) > 20
+
+
+def test_a_draw_labels_ten_others_of_each_class_and_validates_on_the_same_images(tmp_path, capsys):
+    for kind, pattern, n in (("NORMAL", "IM-{:04}-{}.png", 60), ("SICK", "person{}_virus_{}.png", 150)):
+        for i in range(n):
+            folder = tmp_path / "set" / ("train" if i % 6 > 1 else "test") / kind
+            image_file(folder / pattern.format(i // 2, i), side=8)
+    whole, labelled = data.load("set", 8, labels_per_class=10), []
+    for draw in (0, 1, 1):  # what is linked stays
+        draws.link("set", draw)
+        said = capsys.readouterr().out
+        folder, share = re.fullmatch(r"(\S+): --labels-per-class 10 --val-fraction (\S+)\n", said).groups()
+        drawn = data.load(folder, 8, labels_per_class=10, val_fraction=float(share))
+        assert drawn.fingerprints["val"] == whole.fingerprints["val"]
+        assert drawn.fingerprints["test"] == data.load("set", 8).fingerprints["test"]
+        assert sorted(Path(id).name for id in drawn.train.ids) == sorted(Path(id).name for id in whole.train.ids)
+        labelled.append({id for id, k in zip(drawn.train.ids, drawn.train.labels, strict=True) if k >= 0})
+        assert drawn.train.labels[drawn.train.labels >= 0].bincount().tolist() == [10, 10]
+    first = {id for id, k in zip(whole.train.ids, whole.train.labels, strict=True) if k >= 0}
+    assert labelled[0] == first and labelled[1] != first and labelled[2] == labelled[1]
 
 
 def test_the_output_below_the_python_of_the_readme_is_what_it_prints():

@@ -75,15 +75,15 @@ draws() {  # ten other labels of each class, the rest in train/UNLABELLED
 }
 
 cores() {  # the temperatures
-  r=runs/two-cores
+  r=runs/two-cores teacher=runs/labels/inception  # the same teachers as for the labels
   for s in 0 1 2; do
-    python train.py --role teacher $inception --seed $s --out $r/inception-seed$s
+    python train.py --role teacher $inception --seed $s --out $teacher-seed$s
     python train.py --role baseline $xrays --seed $s --out $r/alexnet-seed$s
     for T in 1 10 20 30 40 50; do
-      python train.py --role student $xrays --seed $s --T $T --teacher $r/inception-seed$s --out $r/T$T-seed$s
+      python train.py --role student $xrays --seed $s --T $T --teacher $teacher-seed$s --out $r/T$T-seed$s
     done
   done
-  python evaluate.py $r --json results/two-cores.json
+  python evaluate.py $teacher-seed* $r --json results/two-cores.json
 }
 
 findings() {

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Every table that two cores can make: bash results/all.sh, or one part: bash results/all.sh labels
+# Every table that two cores can make: bash results/all.sh, or some: bash results/all.sh labels ten
 #
-# Parts: demo labels ten draws cores findings costs. Finished runs are not trained again, a killed one
-# goes on. labels, ten, draws (in this order) and cores need the X-rays in data/chest_xray. WEIGHTS and
-# TEACHER_WEIGHTS name files, where torchvision's ImageNet weights cannot be fetched.
+# Parts: demo labels ten draws cores findings costs; and, which take hours without a GPU, paper three
+# course. Finished runs are not trained again, a killed one goes on. All but demo, findings and costs need
+# the X-rays in data/chest_xray; ten and draws need the runs of labels. WEIGHTS and TEACHER_WEIGHTS name
+# files for labels, ten, draws and cores, where torchvision's ImageNet weights cannot be fetched.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 xrays="--data data/chest_xray --weights ${WEIGHTS:-imagenet}"
@@ -84,6 +85,56 @@ cores() {  # the temperatures
     done
   done
   python evaluate.py $teacher-seed* $r --json results/two-cores.json
+}
+
+paper() {  # arXiv 2406.08837, of the same teacher and more
+  for s in 0 1 2 3 4; do
+    x="--data data/chest_xray --seed $s" r=runs/xrays
+    student="--role student $x --clip 0"
+    python train.py --role teacher $x --out $r/inception-seed$s
+    python train.py --role teacher $x --finetune head --epochs 20 --lr 0.3 --out $r/inception-head-seed$s
+    python train.py --role baseline $x --clip 0 --arch vgg16 --out $r/vgg16-seed$s
+    python train.py --role baseline $x --clip 0 --out $r/alexnet-seed$s
+    python train.py --role baseline $x --clip 0 --label-smoothing 0.1 --out $r/alexnet-smoothed-seed$s
+    python train.py $student --T 1 --teacher $r/inception-seed$s --out $r/T1-seed$s
+    for a in 0.5 1; do
+      python train.py $student --T 1 --alpha $a --teacher $r/inception-seed$s --out $r/T1-alpha$a-seed$s
+    done
+    python train.py $student --T 1 --teacher $r/inception-seed$s $r/vgg16-seed$s --out $r/T1-two-teachers-seed$s
+    python train.py $student --T 1 --teacher $r/inception-head-seed$s --out $r/T1-of-head-seed$s
+  done
+  python evaluate.py runs/xrays --json results/xrays.json
+}
+
+three() {  # three classes: normal, reversed and defective teachers
+  for s in 0 1 2; do
+    three="--data data/chest_xray --classes 3 --clip 0 --seed $s" r=runs/three
+    large="--arch vgg16 $three"
+    python train.py --role baseline $three --out $r/small-seed$s
+    python train.py --role baseline $three --out $r/small-smoothed-seed$s --label-smoothing 0.1
+    python train.py --role baseline $large --out $r/large-seed$s
+    python train.py --role baseline $large --out $r/large-smoothed-seed$s --label-smoothing 0.1
+    python train.py --role teacher $large --out $r/stopped-seed$s --size 224 --finetune fc --batch-size 128 \
+      --lr 0.01 --stop-at 0.5 --steps-per-epoch 4
+    python train.py --role student $three --out $r/normal-seed$s --T 4 --teacher $r/large-seed$s
+    python train.py --role student $large --out $r/reversed-seed$s --T 4 --teacher $r/small-seed$s
+    python train.py --role student $three --out $r/defective-seed$s --T 4 --teacher $r/stopped-seed$s
+  done
+  python evaluate.py --grid runs/three --json results/three-classes.json
+}
+
+course() {  # fine-tuning or fixed features
+  for s in 0 1 2; do
+    for v in 0.2 0.3 0.4; do
+      for a in alexnet vgg16; do
+        for f in head fc all; do  # VGG16 in all layers: the table has seed 0 alone
+          python train.py --role baseline --recipe course --data data/chest_xray --epochs 10 --lr 0.01 \
+            --clip 1 --arch $a --finetune $f --val-fraction $v --seed $s --out runs/course/$a-$f-$v-seed$s
+        done
+      done
+    done
+  done
+  python evaluate.py runs/course --json results/course.json
 }
 
 findings() {

@@ -35,10 +35,7 @@ demo() {
 labels() {
   r=runs/labels
   for s in 0 1 2; do
-    x="$xrays $few --seed $s"
     python train.py --role teacher $inception --seed $s --out $r/inception-seed$s
-    python train.py --role baseline $x --out $r/alone-all-seed$s
-    python train.py --role student --T 1 $x --teacher $r/inception-seed$s --out $r/taught-all-seed$s
     for n in 10 30 100 300; do
       x="$xrays $few --seed $s --labels-per-class $n"
       python train.py --role baseline $x --out $r/alone-$n-seed$s
@@ -60,13 +57,13 @@ ten() {  # other ways to hand on ten labels of each class
     python train.py --role baseline $x --augment --out $r/moved-alone-seed$s
     python train.py $student $alone-seed$s --T 1 --augment --out $r/moved-seed$s
   done
-  python evaluate.py $r $alone-seed* --json results/ten.json
+  python evaluate.py $r $alone-seed* runs/labels/self-10-seed* --json results/ten.json
 }
 
 draws() {  # ten other labels of each class, the rest in train/UNLABELLED
   r=runs/draws
-  python results/draws.py data/chest_xray 0 1 2
-  for d in 0 1 2; do
+  python results/draws.py data/chest_xray 0 1 2 3 4
+  for d in 0 1 2 3 4; do
     x="--data data/draw-$d --weights ${WEIGHTS:-imagenet} $few --labels-per-class 10 --val-fraction 0.9306"
     python train.py --role baseline $x --out $r/alone-$d
     python train.py --role student --T 1 $x --teacher runs/labels/inception-seed0 --out $r/taught-$d

@@ -221,14 +221,17 @@ def test_the_lines_to_read_first_are_as_many_as_the_readme_says():
 
 def test_the_cells_of_the_results_are_those_that_were_measured():
     """Every cell of a table that follows a link to a file of results stands in that file's tables."""
-    for section in RESULTS.split("\n## ")[1:]:
-        for name in set(re.findall(r"\]\((demo|xrays|two-cores|labels|course|three-classes)\.json\)", section)):
-            kept = json.loads((ROOT / f"results/{name}.json").read_text())
-            measured = re.sub(r"\s+", " ", " ".join(kept["tables"]))
-            rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
-            for cell in [cell.strip("| ") for row in rows[1:] for cell in row[1:]]:
-                for part in cell.split(" / "):
-                    assert re.sub(r" \[.*| ± .*", "", part) in measured, (name, cell)
+    files = "demo|findings|xrays|two-cores|labels|ten|draws|course|three-classes"
+    _, *parts = re.split(rf"\]\(({files})\.json\)", RESULTS)
+    assert set(parts[::2]) == set(files.split("|"))
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
+        kept = json.loads((ROOT / f"results/{name}.json").read_text())
+        measured = re.sub(r"\s+", " ", " ".join(kept["tables"]))
+        rows = [line.strip("| ").split(" | ") for line in text.split("\n## ")[0].splitlines() if line[:2] == "| "]
+        assert len(rows) > 2
+        for cell in [cell.strip("| ") for row in rows[1:] for cell in row[1:]]:
+            for part in cell.split(" / "):
+                assert re.sub(r" \[.*| ± .*", "", part) in measured, (name, cell)
 
 
 def test_the_figures_of_the_first_screen_are_those_of_the_results():
@@ -247,26 +250,24 @@ def test_the_figures_of_the_first_screen_are_those_of_the_results():
         assert told.format(gain) in screen.replace("\n", " ")
     for alpha, weight in ((0.9, "at alpha 0.9 leaves labels a weight of 0.3 %"), (0.5, "1.6 % at 0.5")):
         assert weight in README.replace("\n", " ") and f"{100 * (1 - alpha) * 20 / 640:.1f}" in weight
-    few = json.loads((ROOT / "results/labels.json").read_text())["runs"]
-    for name, told in (
-        ("alone-10", "88.7 alone"), ("taught-10", "95.7 with the logits of a teacher"),
-        ("self-10", "88.4 with those of a network that has read the same 20"),
-    ):  # fmt: skip
-        aucs = [100 * run["test"]["auc"] for folder, run in few.items() if f"/{name}-seed" in folder]
-        assert told.startswith(f"{sum(aucs) / len(aucs):.1f} ") and told in screen.replace("\n", " "), name
+    few = json.loads((ROOT / "results/draws.json").read_text())["runs"]
+    for name, told in (("alone", "{} alone"), ("taught", "{} with the logits of a teacher"),
+                       ("self", "{} with those of a network that has read the same 20")):  # fmt: skip
+        aucs = torch.tensor([100 * few[f"runs/draws/{name}-{draw}"]["test"]["auc"] for draw in range(5)])
+        assert told.format(f"{aucs.mean():.1f} ± {aucs.std():.1f}") in screen.replace("\n", " ")
 
 
-@pytest.mark.parametrize("result, seeds, student, baseline, t", [
-    ("demo", "01234", "demo/student-T1", "demo/baseline", 2.776),  # Student's t, 97.5 %, 4 and 2 degrees
+@pytest.mark.parametrize("result, metric, student, baseline", [
+    ("demo", "accuracy", "demo/student-T1-seed", "demo/baseline-seed"),
+    ("draws", "auc", "draws/taught-", "draws/alone-"),
+    ("draws", "auc", "draws/self-", "draws/alone-"),
 ])  # fmt: skip
-def test_the_intervals_over_seeds_follow_from_the_results(result, seeds, student, baseline, t):
+def test_the_gains_over_five_runs_follow_from_the_results(result, metric, student, baseline):
     runs = json.loads((ROOT / f"results/{result}.json").read_text())["runs"]
-
-    def accuracy(name, seed):
-        run = runs.get(f"runs/{name}-seed{seed}") or runs[f"runs/{name}"]  # a default seed is not in the name
-        figures = run["test"].get("0.5", run["test"])  # as older files have it
-        return 100 * figures["accuracy"]
-
-    gains = torch.tensor([accuracy(student, s) - accuracy(baseline, s) for s in seeds], dtype=torch.float64)
-    half = t * gains.std() / len(seeds) ** 0.5
-    assert f"[{gains.mean() - half:.1f}, {gains.mean() + half:.1f}]" in RESULTS
+    gains = [runs[f"runs/{student}{i}"]["test"][metric] - runs[f"runs/{baseline}{i}"]["test"][metric]
+             for i in range(5)]  # fmt: skip
+    gains = 100 * torch.tensor(gains, dtype=torch.float64)
+    half = 2.776 * gains.std() / 5**0.5  # Student's t, 97.5 %, four degrees of freedom
+    page = " ".join(RESULTS.split())
+    assert f"{gains.mean():.1f} ± {gains.std():.1f}" in page
+    assert f"[{gains.mean() - half:.1f}, {gains.mean() + half:.1f}]" in page

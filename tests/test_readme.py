@@ -261,6 +261,8 @@ def test_the_figures_of_the_first_screen_are_those_of_the_results():
     ("demo", "accuracy", "demo/student-T1-seed", "demo/baseline-seed"),
     ("draws", "auc", "draws/taught-", "draws/alone-"),
     ("draws", "auc", "draws/self-", "draws/alone-"),
+    ("draws", "accuracy", "draws/taught-", "draws/alone-"),
+    ("draws", "accuracy", "draws/self-", "draws/alone-"),
 ])  # fmt: skip
 def test_the_gains_over_five_runs_follow_from_the_results(result, metric, student, baseline):
     runs = json.loads((ROOT / f"results/{result}.json").read_text())["runs"]

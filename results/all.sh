@@ -84,7 +84,7 @@ cores() {  # the temperatures
   python evaluate.py $teacher-seed* $r --json results/two-cores.json
 }
 
-paper() {  # arXiv 2406.08837, of the same teacher and more
+paper() {  # the pair of arXiv 2406.08837, other teachers, other students
   for s in 0 1 2 3 4; do
     x="--data data/chest_xray --seed $s" r=runs/xrays
     student="--role student $x --clip 0"
@@ -105,17 +105,17 @@ paper() {  # arXiv 2406.08837, of the same teacher and more
 
 three() {  # three classes: normal, reversed and defective teachers
   for s in 0 1 2; do
-    three="--data data/chest_xray --classes 3 --clip 0 --seed $s" r=runs/three
-    large="--arch vgg16 $three"
-    python train.py --role baseline $three --out $r/small-seed$s
-    python train.py --role baseline $three --out $r/small-smoothed-seed$s --label-smoothing 0.1
+    x="--data data/chest_xray --classes 3 --clip 0 --seed $s" r=runs/three
+    large="--arch vgg16 $x"
+    python train.py --role baseline $x --out $r/small-seed$s
+    python train.py --role baseline $x --out $r/small-smoothed-seed$s --label-smoothing 0.1
     python train.py --role baseline $large --out $r/large-seed$s
     python train.py --role baseline $large --out $r/large-smoothed-seed$s --label-smoothing 0.1
     python train.py --role teacher $large --out $r/stopped-seed$s --size 224 --finetune fc --batch-size 128 \
       --lr 0.01 --stop-at 0.5 --steps-per-epoch 4
-    python train.py --role student $three --out $r/normal-seed$s --T 4 --teacher $r/large-seed$s
+    python train.py --role student $x --out $r/normal-seed$s --T 4 --teacher $r/large-seed$s
     python train.py --role student $large --out $r/reversed-seed$s --T 4 --teacher $r/small-seed$s
-    python train.py --role student $three --out $r/defective-seed$s --T 4 --teacher $r/stopped-seed$s
+    python train.py --role student $x --out $r/defective-seed$s --T 4 --teacher $r/stopped-seed$s
   done
   python evaluate.py --grid runs/three --json results/three-classes.json
 }

@@ -12,7 +12,6 @@ import ast
 import csv
 import functools
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -34,6 +33,7 @@ from PIL import Image, ImageOps
 URL = ("https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/"
        "f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded")
 SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
+PIXELS = 1  # raise it when decode, prepare or the phantoms change: caches are then made again
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # ImageNet's
 IMAGE_FILE = re.compile(r"(?i)[^.].*\.(jpe?g|png)")  # not ._person1_virus_6.jpeg
 PICTURE_FILE = re.compile(r"(?i)[^.].*\.(jpe?g|png|tiff?|bmp|gif|webp|jp2|jfif|heic|dcm|dicom)")
@@ -74,7 +74,7 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
             r["label"] = -1
     for r in records:
         if r["split"] == "train" and r["label"] == -1 and not unlabelled:
-            r["split"] = "unused"
+            r["split"] = "train, left out"
     data.n_wrong = sum(r["chance"] < wrong_labels and r["label"] != -1
                        for r in records if r["split"] == "train")
     data.test_groups = {r[key] for r in records if r["split"] == "test" for key in ("group", "id")}
@@ -94,31 +94,40 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
         setattr(data, split, load_split(data, records, split, size, cache))
     return data
 
-def load_as(args, size, splits, cache, source=None):
-    """load() as a run's flags say, a dict: the same images for training and for judging."""
+def load_as(config, size, splits, cache, source=None):
+    """Return load() with the flags of a run's config, so that training and judging see the same
+    images. Unlabelled images are left out where nothing would be learned from them."""
     names = ("per_class", "labels_per_class", "classes", "val_fraction", "wrong_labels")
-    return load(source or args["data"], size, splits, **{name: args[name] for name in names},
-                unlabelled=args["role"] == "student" and args["alpha"] > 0, cache=cache)
+    return load(source or config["data"], size, splits, **{name: config[name] for name in names},
+                unlabelled=config["role"] == "student" and config["alpha"] > 0, cache=cache)
 
 def load_split(data, records, split, size, cache):
-    """One split as tensors: rows of the cached array that holds all images of its folder."""
+    """Return one split as tensors: rows of the cached array that holds all images of its folder.
+
+    Names and lengths of files do not identify images, so the pixels are hashed too (250 MB take
+    0.2 seconds): for the config of a run, with the images that a baseline leaves out because they
+    have no label, and as .key for files of features and logits."""
     chosen = [r for r in records if r["split"] == split]
     folder = [r for r in records if r["folder"] == chosen[0]["folder"]]
     drawn = data.source in PHANTOM_SOURCES
     place = data.source if drawn else os.path.realpath(data.source)
-    # The key holds all that decides the pixels, the code included: to change it is to decode again.
-    code = (list_phantoms, draw_blocks, draw, random_chests, draw_chest) if drawn else (decode,)
-    key = fingerprint(place, size, [inspect.getsource(function) for function in code],
-                      [(r["id"], r["bytes"], r["mtime"], r["negative"]) for r in folder])
+    # `changed` also holds the time when a file's metadata changed, which no copying tool restores.
+    key = fingerprint(PIXELS, place, size,
+                      [(r["id"], r["bytes"], r["changed"], r["negative"]) for r in folder])
     path = Path(cache, f"{os.path.basename(place)}-{chosen[0]['folder']}-{size}-{key}.npy")
     blocks = draw_blocks(folder, size) if drawn else decode_blocks(folder, size)
     pixels = cached_array(path, len(folder), blocks)  # (all images of the folder, 1, size, size)
+    digest = hashlib.sha256()
+    for i, r in enumerate(folder):
+        if r["split"].startswith(split):
+            digest.update(pixels[i, :1].numpy())
+    data.fingerprints[f"{split}_pixels"] = digest.hexdigest()[:16]
     rows = torch.tensor([i for i, r in enumerate(folder) if r["split"] == split])
     none = [torch.nan] * len(data.classes) if data.multilabel else -1
-    images = SimpleNamespace(  # a copy in memory: 50 kB an image at 224
+    images = SimpleNamespace(  # a copy in memory: 50 kB per image at 224
         images=pixels[rows, :1], ids=[r["id"] for r in chosen], groups=[r["group"] for r in chosen],
         labels=torch.tensor([none if r["label"] == -1 else r["label"] for r in chosen]),
-        key=fingerprint(path.name, rows.tolist()))
+        key=fingerprint(digest.hexdigest(), rows.tolist()))
     if drawn:
         images.masks = pixels[rows, 1] > 0
     return images
@@ -132,7 +141,7 @@ def list_images(source, classes=None):
     records, names = list_csv(*csvs[0]) if csvs else list_class_folders(root.absolute(), classes)
     for r in records:
         stat = os.stat(r["path"])
-        r |= {"bytes": stat.st_size, "mtime": stat.st_mtime_ns}
+        r |= {"bytes": stat.st_size, "changed": (stat.st_mtime_ns, stat.st_ctime_ns)}
     return records, names
 
 def existing_folder(source):
@@ -274,14 +283,13 @@ def cached_array(path, n, blocks):
                 file.write(np.ascontiguousarray(block))
     with explain(f"{path} is damaged; delete it, and it is made again"):
         rows = np.load(path, mmap_mode="c")  # pages are read when rows are: it may exceed memory
-        assert len(rows) == n and rows.offset + rows.nbytes == path.stat().st_size, "other rows"
+        if len(rows) != n or rows.offset + rows.nbytes != path.stat().st_size:
+            raise ValueError("it has other rows")
         return torch.from_numpy(rows)
 
 def prepare(images, device, affines=None):
-    """uint8 images (B, 1, H, W) -> what networks read: (B, 3, H, W) floats, normalised, on device.
-    affines: (B, 2, 3) matrices in relative coordinates: the same ones serve two image sizes."""
-    if images.dtype != torch.uint8:  # logits or features: they are only moved to the device
-        return images.to(device).float()
+    """Turn uint8 images (B, 1, H, W) into what networks read: (B, 3, H, W) normalised floats.
+    affines: (B, 2, 3) matrices in relative coordinates, so that they serve every image size."""
     x = images.to(device, non_blocking=True).float()  # (B, 1, H, W), 0 to 255
     if affines is not None:
         # In double precision, because autocast would compute the coordinates with 8 bits.
@@ -401,7 +409,7 @@ def list_phantoms(source):
             shows = (torch.rand(n, 3, generator=g) < 0.4).float().tolist()
         chances = torch.rand(n, generator=torch.Generator().manual_seed(1000 + seed)).tolist()
         records += [record(f"phantom-{split}-{i}", shows[i], split, shows=shows[i], bytes=seed,
-                           mtime=0, chance=chances[i]) for i in range(n)]  # no file but a seed
+                           changed=0, chance=chances[i]) for i in range(n)]  # no file but a seed
     return records
 
 def draw_blocks(records, size):

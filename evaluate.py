@@ -1,15 +1,18 @@
-"""Judge trained runs on the test images: the only script that opens the test split.
+"""Evaluate runs on the test images. No other script opens the test split.
 
-    python evaluate.py runs/demo                             all runs of a folder
-    python evaluate.py runs/demo/teacher runs/demo/student-T1 --report --cam cams.png
-    python evaluate.py runs/demo --json results/demo.json    and kept: the tables, every figure
+    python evaluate.py runs/demo                             all runs below a folder
+    python evaluate.py runs/demo/teacher runs/demo/student-T1 --report
+    python evaluate.py runs/demo --json results/demo.json    also keep the tables and all figures
+    python evaluate.py runs/mine --predict new-images        classify images that have no label
 
-A row of the table is a run, or several that differ in their seed: mean and standard deviation.
-Below a figure stands its 95 % interval. The last rows are student minus baseline. Class 1 is the
-positive one: sensitivity is the share of its images that are found, specificity the share of the
-others left alone. With more classes each is taken against the rest, then averaged.
+A row of the table is a run, or several runs that differ only in their seed: mean and standard
+deviation. Below a figure is its 95 % interval. The last rows are gains, student minus baseline.
+Class 1 is the positive one: sensitivity is the share of its images that are called positive,
+specificity the share of the others that are not. With more classes, each one is taken against the
+rest, and the figures are averaged.
 
-In this order: metrics, runs and the table, reports and Grad-CAM, text and files, command line.
+The file goes from metrics and the bootstrap over runs, rows and gains, the table, and reports to
+new images, text and files, and the command line.
 """
 
 import argparse
@@ -26,24 +29,27 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from torchvision.utils import make_grid
 
-from data import Help, UserError, atomic, cli, explain, load_as, mean, prepare
-from models import (as_read, cost, forward, grad_cam, last_maps, load_run, refuse_foreign,
-                    run_file, state_of)
+from data import Help, UserError, atomic, cli, explain, load_as, mean
+from models import (cost, forward, from_images, load_run, refuse_foreign, run_file, state_of)
 
+# Which entries of a config are not compared: paths, whose contents have hashes in it, and what
+# changes no figure; where runs differ in their seed, also what follows from it; for a gain,
+# whatever distillation consists of.
+PATHS = {"data", "teacher", "weights", "out", "cache", "recipe", "device"}
+SEEDS = {"seed", "teacher_weights"}
+DISTILLATION = {"role", "T", "alpha", "taught_by", "teacher_weights", "teacher_configs"}
 COLUMNS = ["auc", "accuracy", "specificity", "sensitivity", "ece"]
 MORE = ["precision", "f1", "loss"]  # with --report
-MIN_MAPS = 7  # last maps of fewer places a side say little about where a network looks
 
 # ---- metrics and the bootstrap -------------------------------------------------------------------
 @torch.inference_mode()
-def predict(model, images, device, batch_size=64):
-    """Logits (N, C) of images, or of rows of features where `model` is the end of a network."""
+def predict(model, source, n, device, batch_size=64):
+    """Return the logits (n, C) for the rows 0 to n of a source (models.from_images)."""
     model.eval()
-    return torch.cat([forward(model, prepare(batch, device))[0].float().cpu()
-                      for batch in images.split(batch_size)])
+    rows = torch.arange(n, device=device)  # made there: copying each batch would make a GPU wait
+    return torch.cat([forward(model, source(batch))[0].float().cpu()
+                      for batch in rows.split(batch_size)])
 
 def auc(scores, truth, weights):
     """Weighted area under the ROC curve (R,): how often a positive outscores a negative; ties count
@@ -158,42 +164,48 @@ def find_runs(paths):
     return found
 
 def judge(path, device, source, cache, loaded):
-    """A run as a record. loaded: the data sets at hand, so that runs of one size share one."""
+    """Return a run as a record. loaded: data sets at hand, so that runs of one size share one."""
     model, facts = load_run(path)
     with explain(f"{path} is not a run of train.py"):
-        args, made, state = facts["args"], facts["made"], state_of(path, facts)
-        source = source or args["data"]
-        key = facts["size"], source, args["per_class"], args["classes"], args["val_fraction"]
+        config, size, state = facts["config"], facts["size"], state_of(facts)
+        source = source or config["data"]
+        key = size, source, config["per_class"], config["classes"], config["val_fraction"]
     if key not in loaded:
-        loaded[key] = load_as(args, facts["size"], ("val", "test"), cache, source)
+        loaded[key] = load_as(config, size, ("val", "test"), cache, source)
     data = loaded[key]
     refuse_foreign(path.parent, facts, data)
-    if any(made[split] != data.fingerprints[split] for split in ("val", "test")):
+    if any(config[k] != data.fingerprints[k] for k in ("val", "val_pixels", "test")):
         print(f"{path.parent}: validation or test images of {source} have changed since training")
+    device = torch.device(device)
     model.to(device, memory_format=torch.channels_last)  # and not kept: 30 runs may not fit
-    val, test = (predict(model, split.images, device) for split in (data.val, data.test))
+    val, test = (predict(model, from_images(split.images, device), len(split.ids), device)
+                 for split in (data.val, data.test))
     figures = metrics(test, data.test.labels, data.classes)
     # The same samples for every run: differences between two runs are paired.
     samples = measure(test, data.test.labels, bootstrap_weights(data.test.groups))
     figures["interval"] = {k: interval(samples[k][1:]).tolist() for k in COLUMNS + MORE}
-    return {"folder": path.parent, "facts": facts, "args": args, "made": made, "data": data,
-            "cost": cost(model, facts["size"]), "test": test, "figures": figures, "state": state,
-            "samples": samples, "validation": metrics(val, data.val.labels, data.classes),
+    return {"folder": path.parent, "facts": facts, "config": config, "data": data, "state": state,
+            "cost": cost(model, size), "test": test, "figures": figures, "samples": samples,
+            "validation": metrics(val, data.val.labels, data.classes),
             "p": test.double().sigmoid() if data.multilabel else test.double().softmax(1)}
 
-def without(made, *names):
-    """What made a run, less the keys `names` at every depth: its teachers have them too."""
-    if isinstance(made, dict):
-        return {key: without(value, *names) for key, value in made.items() if key not in names}
-    return [without(value, *names) for value in made] if isinstance(made, list) else made
+def compared(config, *more):
+    """Return what runs are compared by: their config without PATHS and other sets of names."""
+    ignored = PATHS.union(*more)
+    return {name: value for name, value in config.items() if name not in ignored}
+
+def differences(config, other, *more):
+    """Return {name: (value, other value)} where two configs differ, without PATHS and `more`."""
+    a, b = compared(config, *more), compared(other, *more)
+    return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
 
 def variants(records):
-    """The runs in groups, one for each row: all that made them is equal but for the seeds."""
+    """Return the runs in groups, one per row: their configs are equal except for the seeds."""
     groups = {}
     for record in records:
-        key = json.dumps(without(record["made"], "seed", "sha256"), sort_keys=True)
+        key = json.dumps(compared(record["config"], SEEDS), sort_keys=True)
         by_seed = groups.setdefault(key, {})
-        other = by_seed.setdefault(record["args"]["seed"], record)
+        other = by_seed.setdefault(record["config"]["seed"], record)
         if other is not record:
             raise UserError(f"{other['folder']} and {record['folder']} have the same seed and "
                             f"flags: they would count as two seeds. Leave one out")
@@ -202,18 +214,18 @@ def variants(records):
 def rows_and_gains(groups, score):
     """The table as plain values: a row for each group; and what distillation changed, students
     minus baselines, seed by seed on the same samples. `score` chose the epochs."""
-    rows, gains, teaching = [], [], ("role", "T", "alpha", "teachers")
+    rows, gains = [], []
     for group in groups:
         name = group[0]["folder"].name
         rows.append({
             "title": re.sub(r"-seed\d+", "", name) if len(group) > 1 else name,
-            "arch": group[0]["args"]["arch"], "runs": [str(r["folder"]) for r in group],
+            "arch": group[0]["config"]["arch"], "runs": [str(r["folder"]) for r in group],
             "validation": summary([[r["validation"][score]] for r in group]),
             "figures": {k: summary([r["samples"][k] for r in group]) for k in COLUMNS + MORE}})
     for (i, students), (j, baselines) in product(enumerate(groups), repeat=2):
         pairs = [(s["samples"], b["samples"]) for s in students for b in baselines
-                 if (s["args"]["role"], b["args"]["role"]) == ("student", "baseline")
-                 and without(s["made"], *teaching) == without(b["made"], *teaching)]
+                 if (s["config"]["role"], b["config"]["role"]) == ("student", "baseline")
+                 and compared(s["config"], DISTILLATION) == compared(b["config"], DISTILLATION)]
         if pairs:
             figures = {k: summary([s[k] - b[k] for s, b in pairs]) for k in COLUMNS + MORE}
             gains.append({"title": rows[i]["title"], "minus": rows[j]["title"],
@@ -270,23 +282,23 @@ def notes(records):
     if n < 50 and not multilabel:
         yield f"{n} validation images: their accuracy moves in steps of {100 / n:.1f} points"
 
-# ---- reports and Grad-CAM pictures ---------------------------------------------------------------
+# ---- grids and reports ---------------------------------------------------------------------------
 def grid(groups):
     """Teachers down, students across: train, validation and test accuracy, means over seeds (± of
     test). Training accuracy is the loop's own: dropout on, weights still moving."""
     cells = {}
     for group in groups:
-        args, facts = group[0]["args"], group[0]["facts"]
-        smooth = f", label smoothing {args['label_smoothing']:g}" if args["label_smoothing"] else ""
-        teacher = " + ".join(facts["taught_by"]) or "no teacher" + smooth
+        config, smoothing = group[0]["config"], group[0]["config"]["label_smoothing"]
+        smooth = f", label smoothing {smoothing:g}" if smoothing else ""
+        teacher = " + ".join(config["taught_by"]) or "no teacher" + smooth
         values = 100 * torch.tensor([
             (r["facts"]["train_accuracy"], mean(r["validation"]["accuracy"]),
              mean(r["figures"]["accuracy"])) for r in group], dtype=torch.float64)  # (S, 3)
         text = " / ".join("n/a" if value.isnan() else f"{value:.1f}" for value in values.mean(0))
         text += f" ± {values[:, 2].std():.1f}" if len(group) > 1 else ""
-        setting = f"T {args['T']:g}, alpha {args['alpha']:g}"  # a cell may hold several
-        text = f"{setting if args['role'] == 'student' else args['role']}: {text}"
-        student = args["arch"] + group[0]["state"]
+        setting = f"T {config['T']:g}, alpha {config['alpha']:g}"  # a cell may hold several
+        text = f"{setting if config['role'] == 'student' else config['role']}: {text}"
+        student = config["arch"] + group[0]["state"]
         row = cells.setdefault(teacher, {})
         row[student] = f"{row[student]}\n{text}" if student in row else text
     students = sorted({student for row in cells.values() for student in row})
@@ -322,62 +334,6 @@ def findings(groups, rows):
     lines.append(["parameters, M", "", *(f"{size:.2f}" for size in sizes)])
     return aligned(["AUC, %", "positives", *(short(row["title"]) for row in rows)], lines)
 
-def show_cams(path, records, device, n=6):
-    """Grad-CAM of n test images that show something: one a patient, the classes in turn, those
-    first of which the first run is surest. The last two are images that some run calls wrongly."""
-    data, multilabel = records[0]["data"], records[0]["data"].multilabel
-    labels = data.test.labels
-    shows, targets = labels >= int(data.classes[0].upper() == "NORMAL"), labels
-    if multilabel:  # of several findings the first
-        shows, targets = (labels == 1).any(1), (labels == 1).int().argmax(1)
-    p = torch.stack([r["p"] for r in records])  # (runs, N, C)
-    truth = p[:, torch.arange(len(targets)), targets]  # (runs, N)
-    calls = targets.expand(len(p), -1) if multilabel else p.argmax(2)  # (runs, N)
-    wrong = (truth <= 0.5 if multilabel else calls != targets).any(0)
-    surest = {data.test.groups[i]: i for i in truth[0].argsort().tolist() if shows[i]}
-    order = sorted(surest.values(), key=lambda i: -truth[0, i].item())
-    turn = {i: (targets[order[:at]] == targets[i]).sum().item() for at, i in enumerate(order)}
-    order.sort(key=turn.get)
-    missed = [i for i in order if wrong[i]][:2]
-    chosen = [i for i in order if i not in missed][: n - len(missed)] + missed
-    images = data.test.images[chosen].expand(-1, 3, -1, -1)
-    if hasattr(data.test, "masks"):  # phantoms: the rim of their opacities
-        images = outline(images, data.test.masks[chosen])
-    columns = [(images, [data.classes[targets[i]] for i in chosen], [""] * len(chosen))]
-    for r, share, call in zip(records, p, calls, strict=True):
-        heat = heat_over(r["folder"], r["data"].test.images[chosen], targets[chosen], device)
-        texts = [f"{data.classes[call[i]]} {100 * share[i, call[i]]:.0f} %" for i in chosen]
-        columns.append((heat, [r["folder"].name] * len(chosen), texts))
-    draw_cams(path, columns)
-
-def heat_over(folder, images, targets, device):
-    """images (N, 1, H, W) with heat over what speaks for targets (N,); None if maps are coarse."""
-    model, x = load_run(folder)[0].to(device), prepare(images, device)
-    maps = last_maps(model, as_read(model, x))[1]
-    if maps < MIN_MAPS:
-        return print(f"no Grad-CAM of {folder.name}: maps of {maps} x {maps}. Raise its --size")
-    heat = grad_cam(model, x, targets.to(device))[:, None].cpu()
-    # No heat leaves the image as it is. Yellow is brighter than tissue, also on grey paper.
-    return images + 0.6 * heat * (torch.tensor([255.0, 200, 0]).view(1, 3, 1, 1) - images)
-
-def draw_cams(path, columns, side=224, strip=16):
-    """A PNG of columns (images (N, 3, H, W) or None, N texts above them, N texts below)."""
-    tiles, columns = [], [column for column in columns if column[0] is not None]
-    if len(columns) == 1:
-        return print(f"every run's last maps are too coarse to draw: {path} is not written")
-    for images, *texts in columns:
-        images = F.interpolate(images.float(), (side, side), mode="bilinear")
-        images = F.pad(images, (0, 0, strip, strip)).byte()  # black, for the texts
-        for image, above, below in zip(images, *texts, strict=True):
-            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-            for text, top in ((above, 2), (below, strip + side + 2)):
-                ImageDraw.Draw(picture).text((4, top), short(text), fill="white")
-            tiles.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-    tiles = [tile for i in range(len(images)) for tile in tiles[i :: len(images)]]  # by rows
-    with explain(f"{path} could not be written"):
-        write_picture(path, make_grid(tiles, nrow=len(columns), padding=3))
-    print(f"Grad-CAM: {path}")
-
 # ---- tables as text, files, where a number came from --------------------------------------------
 def aligned(header, rows):
     """A table as lines of text, figures to the right. A cell may have several lines."""
@@ -392,24 +348,13 @@ def aligned(header, rows):
     return text
 
 def write_csv(path, header, rows):
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 def write_json(path, content):
     content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # JSON has no NaN
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
-
-def write_picture(path, image):
-    """image (3, H, W) uint8, as a PNG."""
-    with atomic(path) as temporary:
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
-
-def outline(images, masks):
-    """images (N, 3, H, W) with an orange line around each mask (N, H, W)."""
-    inside = masks[:, None].float()
-    rim = F.max_pool2d(inside, 3, 1, 1) > inside  # pixels that touch a mask from outside
-    return images.where(~rim, torch.tensor([255, 90, 0], dtype=torch.uint8).view(3, 1, 1))
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 def origin(device):
     """What a number came from: command, commit, versions and machine."""
@@ -435,7 +380,7 @@ def write_run(record, device):
     content = {
         "test": record["figures"], "validation": record["validation"], "classes": data.classes,
         "data": data.source, "images": n, "patients": len(set(data.test.groups)),
-        "args": record["args"], "epoch": facts["epoch"], "cost": record["cost"],
+        "config": record["config"], "epoch": facts["epoch"], "cost": record["cost"],
         "trained_by": facts["provenance"], "judged_by": origin(device)}
     header = [f"label {name}" for name in data.classes] if data.multilabel else ["label"]
     cells = [data.test.ids, data.test.groups, *data.test.labels.view(n, -1).T.tolist(),
@@ -453,7 +398,6 @@ def main(argv=None):
     p.add_argument("--report", action="store_true", help="more columns, and a report by class")
     p.add_argument("--grid", action="store_true", help="a table, teachers down and students across")
     p.add_argument("--json", metavar="FILE", help="the tables and every run's figures in one file")
-    p.add_argument("--cam", metavar="FILE.png", help="Grad-CAM: a row an image, a column a run")
     p.add_argument("--device", type=usable_device, help="cpu, cuda or cuda:N",
                    default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--cache", default="cache", help="folder of decoded images; may be deleted")
@@ -480,8 +424,6 @@ def main(argv=None):
             write_json(args.json, {"tables": text, "rows": rows, "gains": gains, "runs": runs})
     print("\nwritten: metrics.json and predictions.csv in each run's folder"
           + (f", {args.json}" if args.json else "; --json FILE keeps the tables"))
-    if args.cam:
-        show_cams(args.cam, records, args.device)
 
 if __name__ == "__main__":
     cli(main)

@@ -1,7 +1,8 @@
 """The losses of knowledge distillation: pure functions from tensors to a scalar.
 
-The teacher's logits for an image, divided by a temperature T and put through softmax, say more than
-the label: not "pneumonia" but "pneumonia 0.83, normal 0.17". The student learns to say the same.
+For a chest X-ray, a label is just "pneumonia". A trained network, the teacher, outputs "pneumonia
+0.83, normal 0.17". The student is trained to output the same probabilities. Dividing the logits by
+a temperature T > 1 before softmax makes the probabilities more even ("softer").
 
     p = softmax(teacher_logits / T)          the teacher's softened probabilities
     q = softmax(student_logits / T)          the student's softened probabilities
@@ -9,9 +10,9 @@ the label: not "pneumonia" but "pneumonia 0.83, normal 0.17". The student learns
     hard = cross-entropy(student_logits, label)
     loss = (1 - alpha) hard + alpha soft     alpha = 0: labels only; alpha = 1: teacher only
 
-Shapes: B images; C classes, of which an image has exactly one (softmax), or K findings, of which it
-may have several (sigmoid). A name in an equation is the same name in the code; `log_q` holds a log.
-The loop calls distillation_loss; below it stand its soft parts, and several teachers as one.
+Shapes: B images. An image has exactly one of C classes (softmax), or any number of K findings
+(sigmoid). A name in an equation is the same name in the code; `log_q` is the logarithm of q.
+The loop calls distillation_loss. Below it are its soft parts, and the mean of several teachers.
 """
 
 import math
@@ -19,20 +20,20 @@ import math
 import torch
 import torch.nn.functional as F
 
-MAX_T = 1000  # float32 has the gradient there to 0.04 %, the loss itself to some percent
+# At MAX_T the float32 gradient is accurate to 0.04 %, the loss only to a few percent.
+MIN_T, MAX_T = 0.001, 1000
 
 def distillation_loss(student_logits, teacher_logits, labels, T, alpha, label_smoothing=0.0):
-    """Returns total = (1 - alpha) hard + alpha soft, and both parts, so that they can be watched.
+    """Return total = (1 - alpha) hard + alpha soft, and both parts, so that they can be watched.
 
     student_logits: (B, C) or (B, K), before any softmax or sigmoid.
     teacher_logits: the teacher's for the same images, or None: then total is the label loss alone.
-    labels: (B,) integers, one class an image; or (B, K) floats 0 or 1, one a finding.
+    labels: (B,) class indices, or (B, K) floats, 0 or 1 per finding.
 
-    Both parts are means over images (over images and findings, where labels are (B, K)). One
-    without a label, -1 or NaN, adds 0 to the hard loss and is counted all the same: so two
-    processes with equal shares of a batch average to the loss of one process."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie between 0 (labels) and 1 (teacher), got {alpha}")
+    Both parts are means over images, or over images and findings. An unlabelled image (-1 or NaN)
+    adds nothing to the hard loss but still counts in the average. This way the mean over two
+    processes equals the loss of one process on the whole batch."""
+    check_settings(T, alpha)
     logits = at_least_float32(student_logits)
     if labels.dim() == 1:
         hard = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1,
@@ -50,20 +51,20 @@ def distillation_loss(student_logits, teacher_logits, labels, T, alpha, label_sm
     return (1 - alpha) * hard + alpha * soft, hard, soft
 
 def kd_loss(student_logits, teacher_logits, T):
-    """Soft-target loss of Hinton et al. (2015), for one label out of C classes; logits (B, C).
+    """Return the soft loss of Hinton et al. (2015) for one of C classes; logits (B, C).
 
         loss = T^2 * mean over the batch of  sum_c p_c (log p_c - log q_c)
 
     - The mean runs over images, not over images and classes ("batchmean" in F.kl_div). Its default,
       "mean", makes the loss C times smaller, and alpha then means something else.
-    - The gradient is T (q - p) / B: T^2 undoes the 1/T^2 by which softening shrinks it. As T grows
-      it tends to the difference of the centred logits divided by C B, a regression of logits: as
-      large as the logits are apart, so that a far student can diverge unless gradients are clipped.
-    - Both sides stay logs until the product: equal logits give exactly 0, and a probability that
-      underflows gives 0 * finite instead of NaN.
+    - The gradient is T (q - p) / B. Softening shrinks it by 1/T^2, and the factor T^2 undoes that.
+      As T grows, it tends to the difference of the centred logits divided by C B, as in a
+      regression of logits. It is large where the logits are far apart, so that a student far from
+      its teacher can diverge unless gradients are clipped.
+    - Both sides stay logarithms until the product. Equal logits give exactly 0, and a probability
+      that underflows gives 0 * finite instead of NaN.
     - The trap: softmax of a single logit is always 1, so the loss would be 0 and train nothing. A
-      network with one logit, or with several findings at once, needs binary_kd_loss.
-    """
+      network with one logit, or with several findings at once, needs binary_kd_loss."""
     check_logits(student_logits, teacher_logits, T)
     if student_logits.shape[1] < 2:
         raise ValueError("softmax of one logit is always 1: use binary_kd_loss, or 2 classes")
@@ -73,16 +74,14 @@ def kd_loss(student_logits, teacher_logits, T):
     return T**2 * kl.mean()
 
 def binary_kd_loss(student_logits, teacher_logits, T):
-    """The same for K findings that may occur together, each by itself; logits (B, K).
+    """Return the same for K findings that may occur together, each by itself; logits (B, K).
 
         p = sigmoid(teacher_logits / T)        q = sigmoid(student_logits / T)
         loss = T^2 * mean of  p (log p - log q) + (1 - p) (log (1 - p) - log (1 - q))
 
-    The mean runs over images and findings.
-
-    The trap: kd_loss accepts such logits, but softmax cannot see a shift that all findings share: a
-    student that gives every finding twice the odds would look perfect.
-    """
+    The mean runs over images and findings. The trap: kd_loss accepts such logits too, but softmax
+    does not change when all findings are shifted alike. A student that gives every finding twice
+    the odds would look perfect."""
     check_logits(student_logits, teacher_logits, T)
     z_student = at_least_float32(student_logits) / T  # (B, K)
     z_teacher = at_least_float32(teacher_logits.detach()) / T
@@ -92,8 +91,8 @@ def binary_kd_loss(student_logits, teacher_logits, T):
     return T**2 * kl.mean()
 
 def mean_teacher(logits, T, multilabel=False):
-    """Several teachers as one, by the mean of their softened probabilities p: returns T log p
-    (T logit p for findings), which a loss of the same T softens to p. logits: a list of (B, C)."""
+    """Combine several teachers, logits a list of (B, C), by the mean of their softened p. Return
+    T log p (T logit p for findings), which a loss with the same T softens to that mean again."""
     if len(logits) == 1:
         return logits[0]
     z = torch.stack([at_least_float32(one) for one in logits]) / T  # (teachers, B, C)
@@ -101,13 +100,18 @@ def mean_teacher(logits, T, multilabel=False):
         return T * (F.logsigmoid(z).logsumexp(dim=0) - F.logsigmoid(-z).logsumexp(dim=0))
     return T * (F.log_softmax(z, dim=2).logsumexp(dim=0) - math.log(len(logits)))
 
+def check_settings(T, alpha=0.0):
+    if not MIN_T <= T <= MAX_T:  # also rejects NaN
+        raise ValueError(f"T, the temperature, must lie between {MIN_T} and {MAX_T}, got {T}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie between 0 (labels) and 1 (teacher), got {alpha}")
+
 def check_logits(student_logits, teacher_logits, T):
+    check_settings(T)
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
         raise ValueError(f"need logits (images, classes) of the same images and classes: student "
                          f"{tuple(student_logits.shape)}, teacher {tuple(teacher_logits.shape)}")
-    if not 0 < T <= MAX_T:
-        raise ValueError(f"the temperature T must lie above 0 and up to {MAX_T}, got {T}")
 
 def at_least_float32(logits):
-    """Logits under bfloat16 autocast have 8 significant bits: soften them in float32 or float64."""
+    """Convert bfloat16 logits, which have 8 significant bits, before they are softened."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

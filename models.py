@@ -1,16 +1,16 @@
 """Networks and checkpoints: torchvision's classifiers with a new head, frozen in part, and saved.
 
     model = build("alexnet", num_classes=2, size=224, weights="imagenet")
-    logits, aux = forward(model, images)         aux: auxiliary heads' logits, a list, mostly empty
+    logits, aux = forward(model, images)         aux: auxiliary heads' logits, mostly []
     trainable = freeze(model, "fc")              the part whose weights change; the rest is frozen
+    source = from_images(images, device)         source(rows) is what a network reads of these rows
     save_checkpoint(path, model, **facts)        and back: model, facts = load_checkpoint(path)
 
-In this order: a network with a new head, and what of it learns; checkpoints; first weights from
-elsewhere; SE-ResNets, noise residuals and cost; Grad-CAM.
+The file goes from networks and their trainable part over sources and checkpoints to first weights
+from elsewhere, SE-ResNets, noise residuals, cost and Grad-CAM.
 """
 
 import hashlib
-import io
 import os
 import re
 from pathlib import Path
@@ -25,36 +25,39 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import SqueezeExcitation
 
-from data import MEAN, STD, UserError, atomic, explain, fingerprint, mean, prepare
+from data import (MEAN, PIXELS, STD, UserError, atomic, cached_array, explain, fingerprint, prepare,
+                  progress)
 
-# torchvision unpickles the weights that it fetches, which runs whatever code a planted file holds.
-# With this switch torch.load reads plain tensors alone, whoever calls it.
+# torchvision unpickles the weights that it fetches, which would run any code in a planted file.
+# With this switch, torch.load reads nothing but plain values, whoever calls it.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
-FORMAT = 4  # of a checkpoint: raise it when its facts change, so that old ones are refused
+FORMAT = 5  # of a checkpoint: raise it when its facts change, so that old ones are refused
 
-# Auxiliary heads (more classifiers half-way up, for training only) are left out for small images:
-# InceptionV3's 5x5 window does not fit below 299 pixels; GoogLeNet's pool to 4x4 at 1/16.
+# Auxiliary heads are further classifiers half-way up, for training only. They are left out for
+# small images: InceptionV3's 5x5 window does not fit below 299 pixels, GoogLeNet's below 64.
 AUX_MIN_SIZE = {"inception_v3": 299, "googlenet": 64}
 AUX_WEIGHT = {"inception_v3": 0.4, "googlenet": 0.3}  # in the loss, from the networks' own papers
-AUX_NAMES = ("AuxLogits", "aux1", "aux2")  # with which the names of their layers begin
+AUX_NAMES = ("AuxLogits", "aux1", "aux2")  # the names of their layers begin with these
 
 # ---- a network with a new head -------------------------------------------------------------------
 def build(arch, num_classes, size=None, weights="none", reads="image"):
-    """A network with a new, randomly initialised head of `num_classes` outputs.
+    """Return a network with a new, randomly initialised head of `num_classes` outputs.
+
     weights: "none" (random), "imagenet" (torchvision's) or a file: a checkpoint of ours or a plain
-    state_dict of the same network. size: the images' side in pixels, refused if it is impossible.
-    reads: the image, or its noise residuals ("residual")."""
+    state_dict of the same network. size: the side of the images in pixels, refused if the network
+    cannot take it. reads: "image", or "residual" for noise residuals of the image."""
     aux = arch in AUX_MIN_SIZE and (size is None or size >= AUX_MIN_SIZE[arch])
     model = bare_network(arch, aux)
     replace_heads(model, num_classes)
     model.transform_input = False
     model.facts = {"arch": arch, "num_classes": num_classes, "size": size, "aux": aux,
                    "input": reads, "first_weights": None, "from_run": False, "body_loaded": False,
-                   "seen_groups": []}  # the patients that its weights have learned from
+                   "seen_groups": []}  # the patients on whom its weights were trained
     if weights != "none":
         load_first_weights(model, weights)
     model.facts["transform_input"] = model.transform_input
+    read_residuals(model)
     if size is not None:
         why = f"{arch} cannot take images of {size} x {size} pixels; choose another --size"
         with torch.no_grad(), explain(why):
@@ -62,23 +65,23 @@ def build(arch, num_classes, size=None, weights="none", reads="image"):
     return model.train()
 
 def bare_network(arch, aux):
-    """The network as its authors made it: 1000 outputs, random weights."""
+    """Return the network as its authors built it, with 1000 outputs and random weights."""
     if arch in NETWORKS:
         return NETWORKS[arch]()
     if arch not in torchvision.models.list_models(module=torchvision.models):
         raise UserError(f"no network is called {arch}: see torchvision's, or models.NETWORKS")
-    # init_weights=False: torchvision's own initialisation of these two takes seconds, and they
-    # learned far more slowly with it than with torch's default, at the same learning rate.
+    # torchvision's own initialisation of these two takes seconds, and they learned far more slowly
+    # with it than with torch's default, at the same learning rate.
     options = {"aux_logits": aux, "init_weights": False} if arch in AUX_MIN_SIZE else {}
     model = torchvision.models.get_model(arch, weights=None, **options)
-    for layer in model.modules() if arch.startswith("mnasnet") else []:
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 0.1  # its 0.0003, meant for ImageNet's long epochs, hardly moves here
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):  # MNASNet has 0.0003 and MobileNetV3 0.01, which were
+            layer.momentum = max(layer.momentum, 0.1)  # meant for long epochs: averages would lag
     return model
 
 def replace_heads(model, num_classes):
-    """Exchange the layers with 1000 outputs: the auxiliary heads, and last the classifier, which
-    torchvision calls fc, classifier.6 or heads.head; SqueezeNet's is a 1x1 convolution."""
+    """Exchange the layers with 1000 outputs: auxiliary heads, and last the classifier. torchvision
+    calls it fc, classifier.6 or heads.head. SqueezeNet's is a 1x1 convolution."""
     model.head_names = [name for name, layer in model.named_modules()
                         if isinstance(layer, (nn.Linear, nn.Conv2d)) and len(layer.weight) == 1000]
     if not model.head_names:
@@ -90,91 +93,140 @@ def replace_heads(model, num_classes):
         model.set_submodule(name, new)
 
 def forward(model, images):
-    """logits (B, C), and a list of the auxiliary heads' logits (empty in eval mode, and mostly)."""
-    out = model(as_read(model, images))
+    """Return logits (B, C) and a list of the auxiliary heads' logits, which is mostly empty."""
+    out = model(images)
     if isinstance(out, torch.Tensor):
         return out.flatten(1), []  # flatten: SqueezeNet ends in 1x1 maps
     return out[0], list(out[1:])
 
 def freeze(model, finetune):
-    """Returns the trainable part, a submodule of the model: "all" of it, the "fc" block around the
-    head (three layers in AlexNet and VGG, the head itself in most), or the new "head" alone. The
-    rest is put in eval mode: even without gradients BatchNorm would move its averages."""
+    """Return the trainable part, a submodule: "all" of the model, the "fc" block around the head
+    (three layers in AlexNet and VGG, the head itself in most), or the new "head" alone. The rest
+    is put in eval mode, because BatchNorm's averages would move even without gradients."""
     if finetune == "all":
         return model
     head = model.get_submodule(model.head_names[-1])
     block = model.get_submodule(model.head_names[-1].split(".")[0])
-    # In SqueezeNet pooling follows the head: then the block is what learns, also with "head".
+    # In SqueezeNet, pooling follows the head, so the whole block is trained, also with "head".
     takes_block = isinstance(block, nn.Sequential) and (finetune == "fc" or block[-1] is not head)
     model.requires_grad_(False).eval()
     return (block if takes_block else head).requires_grad_(True)
 
 def initialise_anew(trainable):
-    """Random weights for the fully connected layers, as arXiv 2406.08837 has it in AlexNet."""
+    """Give the fully connected layers random weights, as arXiv 2406.08837 does in AlexNet."""
     for layer in trainable.modules():
         if isinstance(layer, nn.Linear):
             layer.reset_parameters()
 
 @torch.no_grad()
 def features(model, trainable, images):
-    """The input of the trainable part when the model reads the images."""
+    """Return what the trainable part receives when the model reads the images."""
     caught = []
     with trainable.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0])):
         forward(model, images)  # the trainable part runs too: little beside the rest
     return caught[0]
 
-# ---- checkpoints ---------------------------------------------------------------------------------
-# What train.py adds to a network's own facts, and the flags that evaluate.py reads.
-RUN_FACTS = {"args", "classes", "multilabel", "made", "seen_groups", "provenance", "taught_by",
-             "epoch", "train_accuracy", "validation", "size"}
-RUN_FLAGS = {"role", "arch", "data", "T", "alpha", "seed", "epochs", "stop_at", "label_smoothing",
-             "per_class", "labels_per_class", "classes", "val_fraction", "wrong_labels"}
+# ---- sources: functions (rows, affines) -> tensor ------------------------------------------------
+def from_images(images, device, network=None, amp=False):
+    """Return a source that prepares rows of uint8 images (N, 1, H, W), moved by `affines` if given.
+    With a frozen network, the source returns the network's output for them, without gradients."""
+    images = on_device(images, device)
 
-def save_checkpoint(path, model, weights=True, **facts):
-    """Weights, and whatever is needed to rebuild the network and to judge it: plain values only."""
-    content = {"format": FORMAT, "model": model.state_dict() if weights else {},
-               "facts": {**model.facts, **facts}}
+    def source(rows, affines=None):
+        x = prepare(images[rows.to(images.device)], device, affines)
+        if network is None:
+            return x
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            return network(x)
+
+    return source
+
+def from_tensor(tensor, device):
+    """Return a source that looks up rows of precomputed features or logits (N, ...)."""
+    tensor = on_device(tensor, device)
+    return lambda rows, affines=None: tensor[rows.to(tensor.device)].to(device).float()
+
+def on_device(tensor, device):
+    """Move a tensor to a GPU once, if it fits there, so that no batch waits for the bus."""
+    if device.type == "cuda" and tensor.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        return tensor.to(device)
+    return tensor
+
+def precompute(source, n, device, dtype, name, *key):
+    """Return a source of the outputs of `source` for the rows 0 to n, which are computed once and
+    kept in a file. Its name holds `key`, which identifies pixels and weights. For changed code it
+    also holds PIXELS (see data.py) and a few rounded outputs."""
+    first = source(torch.arange(min(n, 2), device=device)).float()
+    probe = [f"{value:.2e}" for value in first.flatten().tolist()[:100]]
+    path = name.with_name(f"{name.name}-{fingerprint(*key, PIXELS, list(first.shape), probe)}.npy")
+    return from_tensor(cached_array(path, n, output_blocks(source, n, device, dtype)), device)
+
+def output_blocks(source, n, device, dtype):
+    """Yield the outputs in blocks, because those of a large data set do not fit into memory."""
+    for rows in progress(torch.arange(n, device=device).split(64), "running the frozen network"):
+        block = source(rows).to("cpu", dtype)
+        if not block.isfinite().all():
+            raise UserError(f"a frozen network has outputs that are not finite in {dtype}: it "
+                            f"diverged, or they are too large. Use another --teacher or --weights")
+        yield block.numpy()
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+RUN_FACTS = {"config", "classes", "multilabel", "history", "last", "seen_groups", "provenance",
+             "size", "epoch", "validation", "train_accuracy"}  # of a checkpoint made by train.py
+
+def save_checkpoint(path, model, **facts):
+    """Write the weights and whatever is needed to rebuild the network: plain values only."""
+    content = {"format": FORMAT, "model": model.state_dict(), "facts": {**model.facts, **facts}}
     with (explain(f"{path} could not be written; make room, and repeat the command"),
           atomic(path) as temporary, open(temporary, "wb") as file):
         torch.save(content, file)  # given a name, it would write that name into the file
 
 def load_checkpoint(path):
-    """model, facts: the network rebuilt from its own facts, in eval mode and without gradients."""
+    """Return the network, rebuilt from its own facts in eval mode without gradients, and facts."""
     content = read_weights(path)
     with explain(f"{path} is not a checkpoint of this project"):
         if content["format"] != FORMAT:
             raise UserError(f"{path} has format {content['format']}, this code reads {FORMAT}. "
-                            f"Train it again, or use the code that wrote it")
-        facts = {**content["facts"], "sha256": content["sha256"]}
+                            f"Delete it and train it again, or use the code that wrote it")
+        facts = content["facts"]
         model = bare_network(facts["arch"], facts["aux"])
         replace_heads(model, facts["num_classes"])
         model.transform_input = facts["transform_input"]
         model.load_state_dict(content["model"])
         model.facts = facts
+        read_residuals(model)
     return model.eval().requires_grad_(False), facts
 
 def load_run(path):
-    """The same for a checkpoint that train.py made, with all that its users read."""
+    """Return the same for a checkpoint that train.py made, or say which fact it lacks."""
     model, facts = load_checkpoint(path)
-    told = {name for name, value in facts.items() if value is not None}
-    missing = RUN_FACTS - told | RUN_FLAGS - {*(facts.get("args") or ())}
-    if missing:
+    if missing := RUN_FACTS - {k for k, v in facts.items() if v is not None or k == "last"}:
         raise UserError(f"{path} was not made by train.py: {', '.join(sorted(missing))} is missing")
+    with explain(f"{path} was not made by train.py"):
+        state_of(facts), facts["config"]["train"], facts["history"][-1]
     return model, facts
 
 def read_weights(path):
-    """A checkpoint of ours as it was saved, or {"model": a plain state_dict}; and the "sha256" of
-    the bytes that were read. With weights_only a file cannot run code: it holds plain values."""
+    """Return a checkpoint of ours as it was saved, or {"model": a plain state_dict}. With
+    weights_only a file cannot run code, because only plain values are read from it."""
     path = existing_file(path)
     with explain(f"{path} is not a readable file of weights"):
-        raw = path.read_bytes()
-        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         content = content if "model" in content else {"model": content}
-        assert all(isinstance(name, str) for name in content["model"]), "its tensors have no names"
-        return {**content, "sha256": hashlib.sha256(raw).hexdigest()}
+        if not all(isinstance(name, str) for name in content["model"]):
+            raise ValueError("its tensors have no names")
+        return content
+
+def weights_hash(state):
+    """Return 16 hex digits of a state_dict: equal for equal weights, whatever file holds them."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 def run_file(path):
-    """A run's folder stands for its best.pt."""
+    """Return the best.pt of a run folder, and any other path as it is."""
     return Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
 
 def existing_file(path):
@@ -184,48 +236,46 @@ def existing_file(path):
     return path
 
 def refuse_foreign(path, facts, data):
-    """A network must know the classes; nothing behind it may have learned from who judges it."""
+    """Refuse a network with other classes, or one that was trained on images that judge it."""
     if facts.get("classes", data.classes) != data.classes:
         raise UserError(f"{path} was trained on the classes {facts['classes']}, {data.source} has "
                         f"{data.classes}. Give the images it was trained for with --data")
     if seen := {*facts["seen_groups"]} & {*data.val.groups, *data.val.ids, *data.test_groups}:
-        raise UserError(f"{path} has learned from {min(seen)}, by whom it or its student is to be "
-                        f"judged in {data.source}. Give other images, or the --data, "
-                        f"--val-fraction and names of patients (PATIENT) of its training")
+        raise UserError(f"{path} was trained on {min(seen)}, a validation or test patient of "
+                        f"{data.source}. Give other images, or the --data, --val-fraction and "
+                        f"names of patients (PATIENT) of its training")
 
-def state_of(folder, facts):
-    """What a table or a student must know of a run: ", stopped at 0.5" of a defective teacher, ",
-    epoch 2 of 6" where it is not known to have ended, or ""."""
-    stop_at, epochs = facts["args"]["stop_at"], facts["args"]["epochs"]
-    if stop_at is not None and mean(facts["validation"]["accuracy"]) > stop_at:
-        return f", stopped at {stop_at:g}"
-    history = run_file(folder).parent / "history.csv"
-    done = history.read_bytes().count(b"\n") - 1 if history.exists() else 0
-    return "" if done >= epochs else f", epoch {done} of {epochs}"
+def state_of(facts):
+    """Return what sets a run apart: ", stopped at 0.5" for a defective teacher, ", unfinished (2 of
+    6 epochs)" while there is something to resume from, or "" for other finished runs."""
+    done, epochs = len(facts["history"]), facts["config"]["epochs"]
+    if facts["last"] is not None:
+        return f", unfinished ({done} of {epochs} epochs)"
+    return "" if done >= epochs else f", stopped at {facts['config']['stop_at']:g}"
 
 # ---- weights from elsewhere ----------------------------------------------------------------------
 def imagenet_weights(arch):
-    """torchvision's, in $TORCH_HOME/hub/checkpoints. Its own builder fetches them, and renames what
-    an old file calls otherwise. An SE-ResNet starts from the ResNet's weights."""
+    """Return torchvision's weights from $TORCH_HOME/hub/checkpoints, fetched there if need be.
+    Its own builder reads them, because it renames what an old file calls otherwise. An SE-ResNet
+    starts from the weights of the ResNet."""
     plain = arch.removeprefix("se")
     with explain(f"torchvision has no ImageNet weights of {arch}; use --weights none or a file"):
         kinds = torchvision.models.get_model_weights(plain)
         kind = getattr(kinds, "IMAGENET1K_V1", kinds.DEFAULT)
     path = Path(torch.hub.get_dir(), "checkpoints", kind.url.rsplit("/", 1)[1])
-    with (explain(f"{kind.url} could not be fetched or is damaged. Put that file at {path}, or "
-                  f"start from random weights: --weights none --finetune all"),
+    with (explain(f"{kind.url} could not be fetched or is damaged. Put that file at {path}, name "
+                  f"another with --weights FILE, or use --weights none --finetune all"),
           torch.random.fork_rng(devices=[])):  # the builder draws random weights before it loads
-        model = torchvision.models.get_model(plain, weights=kind)
-    return {"model": model.state_dict(), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        return {"model": torchvision.models.get_model(plain, weights=kind).state_dict()}
 
 def load_first_weights(model, weights):
-    """Load everything but the heads; those of a run of ours too, where they fit."""
+    """Load everything but the heads. The heads of a run of ours are loaded too, where they fit."""
     arch, reads = model.facts["arch"], model.facts["input"]
     content = imagenet_weights(arch) if weights == "imagenet" else read_weights(weights)
     state, own = content["model"], model.state_dict()
     heads = tuple(f"{name}." for name in model.head_names)
     with explain(f"{weights} does not hold the weights of {arch}; give a file of this --arch"):
-        run = content.get("facts", {})
+        run, first_weights = content.get("facts", {}), weights_hash(state)
         for name in [name for name in state if name.startswith(heads)]:
             if not run or name not in own or state[name].shape != own[name].shape:
                 del state[name]  # in place: torchvision reads a version noted in this very dict
@@ -233,11 +283,12 @@ def load_first_weights(model, weights):
         wrong = [name for name in missing + unexpected if not (
             name.startswith((*heads, *AUX_NAMES))  # auxiliary heads, which small images do without
             or (arch in NETWORKS and ".se." in name))]  # what a ResNet does not have
-        assert not wrong, f"{len(wrong)} names differ, such as {wrong[0]}"
-        # ImageNet's Inception and GoogLeNet learned on (x - 0.5) / 0.5, not on ImageNet's mean and
-        # deviation: with this flag, which no state_dict holds, they convert their input.
+        if wrong:
+            raise ValueError(f"{len(wrong)} names differ, such as {wrong[0]}")
+        # ImageNet's Inception and GoogLeNet were trained on (x - 0.5) / 0.5. With this flag, which
+        # no state_dict holds, they convert their input from ImageNet's mean and deviation.
         model.transform_input = run.get("transform_input", arch in AUX_MIN_SIZE)
-        model.facts |= {"first_weights": content["sha256"], "from_run": bool(run),
+        model.facts |= {"first_weights": first_weights, "from_run": bool(run),
                         "body_loaded": not any(".se." in name for name in missing),
                         "seen_groups": list(run.get("seen_groups", []))}
         if run.get("input", reads) != reads:
@@ -245,8 +296,8 @@ def load_first_weights(model, weights):
 
 # ---- SE-ResNets, noise residuals, cost -----------------------------------------------------------
 class SEBottleneck(Bottleneck):
-    """ResNet's block, each of its channels then weighed by what the block saw in the whole image
-    (squeeze and excitation, Hu et al. 2018)."""
+    """ResNet's block with squeeze and excitation (Hu et al. 2018): each channel is weighted by a
+    factor that depends on the whole image."""
 
     def __init__(self, inplanes, planes, *args, **kwargs):
         super().__init__(inplanes, planes, *args, **kwargs)
@@ -259,19 +310,20 @@ class SEBottleneck(Bottleneck):
         x = self.relu(self.bn2(self.conv2(x)))
         return self.relu(self.se(self.bn3(self.conv3(x))) + shortcut)
 
-# Networks that torchvision lacks, made with 1000 outputs. Add your own: --arch takes its name.
+# Networks that torchvision lacks, with 1000 outputs. Add your own, and --arch takes its name.
 NETWORKS = {"seresnet50": lambda: ResNet(SEBottleneck, [3, 4, 6, 3]),
             "seresnet101": lambda: ResNet(SEBottleneck, [3, 4, 23, 3])}
 
-def as_read(model, images):
-    """The images themselves, or their noise residuals for a network that was trained on those."""
-    facts = getattr(getattr(model, "module", model), "facts", {})  # .module: DDP's, around ours
-    return residuals(images) if facts.get("input") == "residual" else images
+def read_residuals(model):
+    """Let a network that was built for noise residuals compute them from images by itself."""
+    if model.facts["input"] == "residual":
+        model.register_forward_pre_hook(lambda module, inputs: (residuals(inputs[0]),))
 
 def residuals(images):
-    """Noise residuals (SRM, Fridrich & Kodovsky 2012; arXiv 2406.08837): (B, 3, H, W) in [-1, 1].
-    Predicted minus pixel, divided by c, rounded and cut at 2. The pixel is predicted by one
-    neighbour (c = 1) or two opposite ones (c = 3), the least of all directions, or all (c = 6)."""
+    """Return noise residuals (SRM, Fridrich & Kodovsky 2012; arXiv 2406.08837): (B, 3, H, W) in
+    [-1, 1]. A residual is the predicted minus the real grey level, divided by c, rounded and cut at
+    2. The prediction comes from one neighbour (c = 1) or from two opposite ones (c = 3), the least
+    over all directions, or from all eight (c = 6)."""
     x = (255 * (images[:, :1] * STD[0] + MEAN[0])).round()  # grey levels again, free of noise
     wide = F.pad(x, (1, 1, 1, 1), mode="replicate")
     up, down = wide[..., :-2, 1:-1], wide[..., 2:, 1:-1]
@@ -282,21 +334,14 @@ def residuals(images):
     square = 2 * (right + left + up + down) - corners - 4 * x
     return torch.cat([first, second / 3, square / 6], dim=1).round().clamp(-2, 2) / 2
 
-def reading_key(model):
-    """A fingerprint of what the network is shown of a probe image: caches of logits and features
-    are made anew where `prepare`, its constants or the residuals change."""
-    probe = (37 * torch.arange(256)).remainder(256).to(torch.uint8).view(1, 1, 16, 16)
-    shown = as_read(model, prepare(probe, torch.device("cpu")))
-    return fingerprint(shown.tolist(), model.facts["transform_input"])
-
 def cost(model, size):
-    """Parameters (auxiliary heads' apart), multiply-adds of one image (half the operations that
-    FlopCounterMode counts), depth (number of Conv2d and Linear layers), megabytes of weights."""
+    """Return the number of parameters (those of auxiliary heads apart), the multiply-adds per image
+    (half of what FlopCounterMode counts), the depth in Conv2d and Linear layers, and megabytes."""
     was_training = model.training
     model.eval()  # so that auxiliary heads do not run
     device = next(model.parameters()).device
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        # With a gradient, and attention as plain products: not every torch counts its fused form.
+        # With a gradient, and attention as plain products: not every torch counts the fused form.
         model(torch.zeros(1, 3, size, size, device=device, requires_grad=True))
     model.train(was_training)
     auxiliary = sum(p.numel() for name, p in model.named_parameters() if name.startswith(AUX_NAMES))
@@ -309,12 +354,10 @@ def cost(model, size):
 
 # ---- Grad-CAM: where a network looked ------------------------------------------------------------
 def last_maps(model, images):
-    """The last layer whose output still has a place for every part of the image, pooling aside;
-    and how many places a side."""
+    """Return the last layer with feature maps, pooling aside, and the rows of these maps."""
     order = []
 
     def note(layer, _, out):
-        # A Sequential is as good as its last layer.
         aside = re.search("Pool|Drop|Identity|Sequential", type(layer).__name__) or layer is model
         if not aside and isinstance(out, torch.Tensor) and out.dim() == 4 and out[0, 0].numel() > 1:
             order.append((layer, out.shape[-2]))
@@ -326,11 +369,12 @@ def last_maps(model, images):
     return order[-1]
 
 def grad_cam(model, images, target, layer=None):
-    """Grad-CAM (Selvaraju et al. 2017): heat (N, H, W) in [0, 1] over what speaks for the target.
+    """Return Grad-CAM (Selvaraju et al. 2017): heat (N, H, W) in [0, 1] where the image raises the
+    logit of the target.
 
         heat = ReLU(sum_k a_k A_k),  a_k: mean gradient of the target's logit over the map A_k
 
-    images (N, 3, H, W) as the model reads them; target: a class, or one for each image (N,)."""
+    images: (N, 3, H, W), prepared. target: a class, or one per image (N,)."""
     caught = []
 
     def keep(module, inputs, out):
@@ -344,12 +388,11 @@ def grad_cam(model, images, target, layer=None):
         with torch.inference_mode(False), torch.enable_grad(), hooked.register_forward_hook(keep):
             # Frozen weights have no gradient, so it starts at the image.
             images = images.detach().clone().requires_grad_(True)
+            logits, _ = forward(model, images)
+            maps = caught[0]
             if isinstance(model, torchvision.models.DenseNet) and layer is None:
-                maps = F.relu(model.features(as_read(model, images)))  # this ReLU is not a layer
+                maps = F.relu(maps)  # this ReLU is not a layer that a hook could watch
                 logits = model.classifier(maps.mean((2, 3)))
-            else:
-                logits, _ = forward(model, images)
-                maps = caught[0]
             target = torch.as_tensor(target, device=logits.device).expand(len(logits))
             score = logits.gather(1, target[:, None]).sum()
             maps, gradient = maps.detach(), torch.autograd.grad(score, maps)[0]

@@ -1,11 +1,12 @@
-"""What networks, training steps and distillation cost: Tables I and V, with a GPU or without.
+"""Measure what networks, training and distillation cost, on a GPU or a CPU.
 
     python profile_gpu.py alexnet vgg16 resnet18 resnet34 inception_v3     three tables
     python profile_gpu.py inception_v3 alexnet          two networks: also a step of distillation
 
-In this order: instruments; what is measured (network, training, inference, a step four ways);
-tables. Timed is train.train_one_epoch fed by train.paired_batches: medians after a warm-up. Memory
-and GPU use need CUDA. Hours: of inception_v3 the teacher's epochs, else the student's (pneumonia).
+This times train.train_one_epoch on batches from train.paired_batches, and reports medians after a
+warm-up. Memory and GPU use need CUDA. Hours are those of the recipe pneumonia: the teacher's number
+of epochs for inception_v3, the student's for other networks. Instruments come first, then what is
+measured (Tables I and V of the paper, inference, a training step in four ways), then the tables.
 """
 
 import argparse
@@ -20,11 +21,11 @@ import torch.nn.functional as F
 import train
 from data import Help, cli, prepare, progress
 from evaluate import aligned, origin, predict, usable_device, write_json
-from models import AUX_WEIGHT, build, cost, forward
+from models import AUX_WEIGHT, build, cost, forward, from_images, from_tensor
 
-NATIVE = {"inception_v3": 299}  # the side of the images a network was made for; others 224
-IMAGES = 5216  # in an epoch, where hours are given: the public set's training images
-PAPER = {  # arXiv 2406.08837, Tables I and V: shown in brackets beside ours
+NATIVE = {"inception_v3": 299}  # the size of the images a network was made for; others 224
+IMAGES = 5216  # training images of the public set, for the hours
+PAPER = {  # arXiv 2406.08837, Tables I and V, shown in brackets beside ours
     "alexnet": {"depth": 8, "parameters M": 64.90, "multiply-adds M": 750,
                 "GB allocated": 1.89, "GPU busy %": 44.44, "hours": 0.10},
     "vgg16": {"depth": 24, "parameters M": 144.06, "multiply-adds M": 15938},
@@ -35,8 +36,8 @@ PAPER = {  # arXiv 2406.08837, Tables I and V: shown in brackets beside ours
 
 # ---- instruments ---------------------------------------------------------------------------------
 def interleaved(calls, device, rounds):
-    """{name: [seconds, ...]}: after one round to warm up, every call once a round, there and back.
-    A machine that slows down for a while then slows all of them."""
+    """Return {name: [seconds, ...]}. After a warm-up, each round makes every call once, in turns
+    forwards and backwards, so that a machine that slows down for a while slows all of them."""
     times = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name in list(calls)[:: 1 if i % 2 else -1]:
@@ -48,21 +49,21 @@ def interleaved(calls, device, rounds):
     return {name: spent[1:] for name, spent in times.items()}
 
 def gpu_usage(call, device):
-    """Peak GB allocated, and the GPU's seconds in kernels; None without a GPU."""
+    """Return peak GB allocated and the seconds that the GPU spent in kernels; None without one."""
     if device.type != "cuda":
         return None, None
-    gc.collect()  # networks measured before may still hang in circles of references
-    torch.cuda.reset_peak_memory_stats(device)  # what the warm-up took is not this call's
+    gc.collect()  # earlier networks may still be kept by circles of references
+    torch.cuda.reset_peak_memory_stats(device)  # forget the peak of the warm-up
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize(device)
     busy = sum(event.self_device_time_total for event in profile.key_averages()
-               if not event.is_user_annotation) / 1e6  # an annotation spans kernels counted already
+               if not event.is_user_annotation) / 1e6  # annotations span kernels that were counted
     return torch.cuda.max_memory_allocated(device) / 1e9, busy
 
 # ---- what is measured ----------------------------------------------------------------------------
 def network(arch, size):
-    """Table I: what the published network is made of, with its 1000 classes."""
+    """Return a row of Table I: the size of the published network, with its 1000 classes."""
     c = cost(build(arch, 1000, size), size)
     return {"size": size, "depth": c["depth"], "parameters M": c["parameters"] / 1e6,
             "auxiliary M": c["auxiliary_parameters"] / 1e6,
@@ -72,24 +73,23 @@ def random_images(n, size, device):
     return torch.randint(0, 256, (n, 1, size, size), dtype=torch.uint8, device=device)
 
 def make_epoch(arch, size, args, device):
-    """A model, its optimizer, images, labels, and epoch(teachers), fed as train.py feeds it."""
+    """Return a model, its optimizer, images, labels, and epoch(teacher), which trains on them."""
     model = build(arch, 2, size).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, 0.9, fused=True)
     images = random_images(args.batch_size * args.steps, size, device)
     labels = torch.randint(0, 2, (len(images),), device=device)
-    flags = train.get_args(["--role", "baseline", "--batch-size", str(args.batch_size),
-                            "--steps-per-epoch", str(args.steps), "--device", str(device)])
+    source = from_images(images, device)
 
-    def epoch(teachers=()):
-        order = torch.Generator().manual_seed(0)
-        batches = train.paired_batches(train.Table(images), labels, teachers, flags, order, device)
+    def epoch(teacher=None):
+        batches = train.paired_batches(source, labels, teacher, args.batch_size,
+                                       torch.Generator().manual_seed(0), args.steps)
         train.train_one_epoch(model, batches, optimizer, aux_weight=AUX_WEIGHT.get(arch, 0.0),
-                              amp=train.use_amp(flags))
+                              amp=device.type == "cuda")
 
     return model, optimizer, images, labels, epoch
 
 def training(arch, size, args, device):
-    """Table V: speed, memory and GPU use of an epoch in which all layers learn."""
+    """Return a row of Table V: speed, memory and GPU use of an epoch that trains all layers."""
     *_, epoch = make_epoch(arch, size, args, device)
     n = args.batch_size * args.steps
     wall = median(interleaved({"": epoch}, device, args.rounds)[""])
@@ -101,23 +101,24 @@ def training(arch, size, args, device):
             "epochs": epochs, "hours": epochs * IMAGES * wall / n / 3600}
 
 def inference(arch, size, args, device):
-    """Latency of one image and throughput of many, from bytes to logits."""
+    """Return the latency of one image and the throughput of many, from bytes to logits."""
     model = build(arch, 1000, size).to(device, memory_format=torch.channels_last)
     images = random_images(args.many, size, device)
-    calls = {"one": partial(predict, model, images[:1], device),
-             "many": partial(predict, model, images, device, args.many)}
+    source = from_images(images, device)
+    calls = {"one": partial(predict, model, source, 1, device),
+             "many": partial(predict, model, source, args.many, device, args.many)}
     times = interleaved(calls, device, args.rounds)
     return {"median ms": 1e3 * median(times["one"]), "images/s": args.many / median(times["many"]),
             "GB allocated": gpu_usage(calls["many"], device)[0]}
 
 def distillation(sizes, args, device):
-    """A step of training, four ways, and their ratios to the bare loop."""
+    """Return the seconds of a training step in four ways, and their ratios to the bare loop."""
     (teacher_arch, teacher_size), (arch, size) = sizes.items()
     model, optimizer, images, labels, epoch = make_epoch(arch, size, args, device)
     ready = [(prepare(images[rows], device), labels[rows])
              for rows in torch.arange(len(images)).split(args.batch_size)]
 
-    def bare():  # the yardstick: only forward, backward and step, over tensors that lie ready
+    def bare():  # the yardstick: only forward, backward and step, on prepared tensors
         model.train()
         for x, y in ready:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -127,12 +128,14 @@ def distillation(sizes, args, device):
             optimizer.step()
 
     teacher = build(teacher_arch, 2, teacher_size).to(device, memory_format=torch.channels_last)
-    live = train.Table(random_images(len(images), teacher_size, device),
-                       partial(train.teacher_logits, teacher.eval()))
-    table = train.Table(torch.randn(len(images), 2, device=device))
+    logits = partial(train.teacher_logits, teacher.eval())
+    at_every_step = from_images(random_images(len(images), teacher_size, device), device, logits,
+                                amp=device.type == "cuda")
+    precomputed = from_tensor(torch.randn(len(images), 2, device=device), device)
     times = interleaved({"a bare loop": bare, "b baseline": epoch,
-                         "c teacher's table": lambda: epoch([table]),
-                         "d teacher asked live": lambda: epoch([live])}, device, args.rounds)
+                         "c precomputed logits": lambda: epoch(precomputed),
+                         "d teacher at every step": lambda: epoch(at_every_step)},
+                        device, args.rounds)
     bare_times = times["a bare loop"]
     return {name: {"seconds": median(spent) / args.steps,
                    "ratio to a": median(s / a for s, a in zip(spent, bare_times, strict=True))}
@@ -140,7 +143,7 @@ def distillation(sizes, args, device):
 
 # ---- what is shown -------------------------------------------------------------------------------
 def show(title, rows, paper):
-    """A table with four digits a figure, and the paper's in brackets where it has one."""
+    """Print a table with four digits per figure, and the paper's figures in brackets."""
 
     def cell(row, column, value):
         theirs = paper.get(row, {}).get(column)
@@ -157,20 +160,20 @@ def main(argv=None):
                                 description=__doc__, formatter_class=Help, allow_abbrev=False)
     gpu = torch.cuda.is_available()
     p.add_argument("networks", nargs="+", metavar="ARCH", help="if two: teacher, then student")
-    p.add_argument("--size", type=int, help="side of the images; without, 224 or 299")
-    p.add_argument("--batch-size", type=int, default=32, help="images a training step")
-    p.add_argument("--many", type=int, default=64, help="images at once in inference")
+    p.add_argument("--size", type=int, help="side of the images in pixels; without, 224 or 299")
+    p.add_argument("--batch-size", type=int, default=32, help="images per training step")
+    p.add_argument("--many", type=int, default=64, help="images per batch in inference")
     p.add_argument("--steps", type=int, default=20 if gpu else 2, help="steps timed together")
-    p.add_argument("--rounds", type=int, default=5, help="times each is measured")
+    p.add_argument("--rounds", type=int, default=5, help="how often each is measured")
     p.add_argument("--device", type=usable_device, default="cuda" if gpu else "cpu",
                    help="cpu, cuda or cuda:N")
-    p.add_argument("--json", metavar="FILE", help="write every figure there")
+    p.add_argument("--json", metavar="FILE", help="write all figures there")
     args = p.parse_args(argv)
     if min(args.batch_size - 1, args.many, args.steps, args.rounds) < 1:
         p.error("--many, --steps and --rounds start at 1, --batch-size at 2: BatchNorm needs two")
     device, source = torch.device(args.device), origin(args.device)
     sizes = {arch: args.size or NATIVE.get(arch, 224) for arch in args.networks}
-    # Networks first: an unknown name or an impossible size ends here, before anything is timed.
+    # Networks come first, so that an unknown name or size is an error before anything is timed.
     tables = {"network (the paper)": {arch: network(arch, size) for arch, size in sizes.items()},
               "training, all layers (the paper)": {}, "inference": {}}
     for arch, size in progress(sizes.items(), "measuring"):

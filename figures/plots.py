@@ -3,21 +3,27 @@
     python figures/plots.py table results/demo.json figures/demo.svg       a file of evaluate --json
     python figures/plots.py curves figures/demo-curves.svg runs/demo/*     folders of train.py
     python figures/plots.py labels results/labels.json figures/labels.svg  a file of evaluate --json
+    python figures/plots.py cams cams.png RUN [RUN ...]           Grad-CAM of a few test images
+    python figures/plots.py mistakes mistakes.png RUN [RUN ...]   Grad-CAM of the worst mistakes
+    python figures/plots.py roc roc.svg RUN [RUN ...]             what evaluate.py wrote there
 """
 
 import json
 import re
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for functions that import our scripts
+
+MIN_MAPS = 7  # last maps with fewer places per side show little of where a network looks
 T_975 = [0, 0, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, by n
 rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ids that stay", "axes.grid": True,
                  "axes.grid.axis": "y", "grid.color": "0.85", "figure.constrained_layout.use": 1})
-
 
 def table(content):
     """AUC and accuracy of every row with their 95 % intervals; below, what distillation changed."""
@@ -39,7 +45,6 @@ def table(content):
         axes[0].set_ylim(len(entries) - 0.5, -0.7)  # the first row on top
     return fig
 
-
 def curves(folders):
     """Accuracy by epoch: a panel for each row of the table, its runs' folders equal but -seedN."""
     panels, ax = {}, None
@@ -56,18 +61,18 @@ def curves(folders):
             ax.plot(history["epoch"], 100 * history["val_accuracy"], "k.-", linewidth=1)
     return fig
 
-
 def labels(content):
     """AUC and accuracy by the number of labels: means over seeds, 95 % intervals by Student's t."""
     runs, lines = content["runs"], {}  # lines: {who teaches: {labels of each class: [run, ...]}}
     for run in runs.values():
-        args, who = run["args"], "on those labels alone"
-        n = np.inf if args["labels_per_class"] is None else args["labels_per_class"]
-        if args["role"] == "student" and args["alpha"] > 0:
-            folders = {str(Path(t)).removesuffix("/best.pt") for t in args["teacher"]} & runs.keys()
-            few = n in [runs[folder]["args"]["labels_per_class"] for folder in folders]
-            who = f"with a teacher of {'the same' if few else 'all'} labels, alpha {args['alpha']}"
-        if args["role"] != "teacher":
+        config, who = run["config"], "on those labels alone"
+        n = np.inf if config["labels_per_class"] is None else config["labels_per_class"]
+        if config["role"] == "student" and config["alpha"] > 0:
+            folders = {str(Path(t)).removesuffix("/best.pt") for t in config["teacher"]}
+            few = n in [runs[f]["config"]["labels_per_class"] for f in folders & runs.keys()]
+            who = f"with a teacher of {'the same' if few else 'all'} labels, alpha "
+            who += f"{config['alpha']}"
+        if config["role"] != "teacher":
             lines.setdefault(who, {}).setdefault(n, []).append(run)
     counts = sorted(set().union(*lines.values()))
     fig = Figure((8.75, 5.8))
@@ -85,16 +90,133 @@ def labels(content):
     fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
 
+def cams(folders, only_mistakes=False):
+    """Draw Grad-CAM of test images, a row per image and a column per run; None if there are none.
+    Heat lies over what speaks for an image's true class, whatever class the run predicts."""
+    from data import UserError, prepare
+    from evaluate import short
+    from models import grad_cam
+    runs = [(Path(folder).name, *run) for folder in folders if (run := load(folder))]
+    if not runs:
+        return print("no run can be drawn, so nothing is written")
+    data = runs[0][2]
+    if any((d.classes, d.test.ids) != (data.classes, data.test.ids) for _, _, d, _ in runs):
+        raise UserError("different test images or classes: draw these runs in separate calls")
+    targets, calls, said = judge(data.test.labels.numpy(), np.stack([p for *_, p in runs]))
+    chosen = choose(targets, calls, said, data.test.groups, only_mistakes)
+    if not chosen:
+        return print("the drawn runs make no mistake, so nothing is written")
+    names = [*data.classes, *(f"no {name}" for name in data.classes)]
+    fig = Figure((2.4 * (1 + len(runs)), 2.7 * len(chosen)))
+    grid = fig.subplots(len(chosen), 1 + len(runs), squeeze=False,
+                        subplot_kw={"xticks": [], "yticks": []})
+    for ax, i in zip(grid[:, 0], chosen, strict=True):
+        ax.imshow(data.test.images[i, 0].numpy(), cmap="gray", vmin=0, vmax=255)
+        ax.set_xlabel(names[targets[i]])
+        if hasattr(data.test, "masks") and data.test.masks[i].any():  # a phantom's opacities
+            ax.contour(data.test.masks[i].numpy(), levels=[0.5], colors="#ff5a00", linewidths=1)
+    for column, (name, model, own, _), call, p in zip(grid.T[1:], runs, calls, said, strict=True):
+        images = own.test.images[chosen]  # of the size that this run was trained on
+        x = prepare(images, next(model.parameters()).device)
+        heats = grad_cam(model, x, targets[chosen].tolist()).cpu().numpy()
+        column[0].set_title(short(name), fontsize="small")
+        for ax, i, image, heat in zip(column, chosen, images, heats, strict=True):
+            ax.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=255)
+            ax.imshow(heat, cmap="autumn", alpha=0.6 * heat)
+            ax.set_xlabel(f"{names[call[i]]} {100 * p[i]:.0f} %",
+                          color="k" if call[i] == targets[i] else "tab:red")
+    print("image", "label", *(name for name, *_ in runs), sep="  ")
+    for i, axes in zip(chosen, grid, strict=True):
+        print(data.test.ids[i], *(ax.get_xlabel() for ax in axes), sep="  ")
+    return fig
+
+def load(folder):
+    """Return network, data and test probabilities (N, C) of a run; None if its maps are coarse."""
+    import torch
+    from data import load_as, prepare
+    from evaluate import predict
+    from models import from_images, last_maps, load_run, refuse_foreign
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, facts = load_run(folder)
+    data = load_as(facts["config"], facts["size"], ("val", "test"), facts["config"]["cache"])
+    refuse_foreign(folder, facts, data)
+    maps = last_maps(model.to(device), prepare(data.test.images[:1], device))[1]
+    if maps < MIN_MAPS:
+        return print(f"{folder} is not drawn. Maps of {maps} x {maps} are coarse: raise its --size")
+    source = from_images(data.test.images, device)
+    logits = predict(model, source, len(data.test.ids), device).double()
+    return model, data, (logits.sigmoid() if data.multilabel else logits.softmax(1)).numpy()
+
+def judge(labels, p):
+    """Return the class whose heat is drawn (N,), and what each run predicts with which probability,
+    both (R, N). p (R, N, C): the probabilities of R runs; labels: (N,) classes, or (N, C) findings.
+    A call of C + k means "no finding k"."""
+    if labels.ndim == 1:
+        return labels, p.argmax(2), p.max(2)
+    targets = np.where((labels == 1).any(1), (labels == 1).argmax(1), -1)  # the first that it shows
+    p = p[:, np.arange(len(targets)), targets]
+    return targets, targets + labels.shape[1] * (p <= 0.5), np.maximum(p, 1 - p)
+
+def choose(targets, calls, said, patients, only_mistakes=False):
+    """Return the rows of the images to draw, at most one per patient. Up to 3 mistakes of any run
+    come first, the most confident one on top. Images that all runs call correctly, of each class
+    in turn, then make it 6. With only_mistakes there are up to 12 mistakes and nothing else."""
+    missed = (calls != targets).any(0).tolist()
+    confidence = np.where(missed, (said * (calls != targets)).max(0), said.mean(0))
+    surest = {}  # of each patient one mistake and one image that is called correctly
+    for i in np.argsort(-confidence, kind="stable").tolist():
+        if targets[i] >= 0:
+            surest.setdefault((missed[i], patients[i]), i)
+    mistakes = [i for i in surest.values() if missed[i]][: 12 if only_mistakes else 3]
+    taken = {patients[i] for i in mistakes}
+    right = [i for (miss, patient), i in surest.items() if not miss and patient not in taken]
+    by_class = [[i for i in right if targets[i] == k] for k in np.unique(targets)]
+    in_turn = [i for turn in zip_longest(*by_class) for i in turn if i is not None]
+    return mistakes if only_mistakes else (mistakes + in_turn)[:6]
+
+def roc(folders):
+    """Draw ROC curves of several runs, and how well their probabilities match what is found."""
+    from data import UserError, explain, read_csv
+    left, right = (fig := Figure((8.75, 4.6))).subplots(1, 2)
+    for folder in folders:
+        path = Path(folder, "predictions.csv")
+        with explain(f"{path} is missing or damaged. Run evaluate.py on {folder} first"):
+            rows = [row for row in read_csv(path) if row.get("split", "test") == "test"]
+            classes = [k for k in rows[0] if k not in ("image", "patient", "label", "split")]
+            if len(classes) != 2:  # several findings also have several columns "label ..."
+                raise UserError(f"roc expects two classes, but {path} has others")
+            values = [[float(row[k]) for k in ("label", *classes)] for row in rows]
+        truth, q, p = np.array(values).T  # q: the probability of class 0
+        odds = (np.log(p.clip(1e-320)) - np.log(q.clip(1e-320))).round(10)  # ties as evaluate.py's
+        place = np.unique(-odds, return_inverse=True)[1]  # 0 for the image most surely positive
+        found = np.append(0, np.bincount(place, truth).cumsum()) / truth.sum()
+        alarms = np.append(0, np.bincount(place, 1 - truth).cumsum()) / (1 - truth).sum()
+        auc = (np.diff(alarms) * (found[1:] + found[:-1]) / 2).sum()  # ties count half
+        left.plot(alarms, found, label=f"{Path(folder).name}, AUC {100 * auc:.1f} %")
+        bins = np.unique((15 * p).astype(int).clip(max=14), return_inverse=True)[1]  # none empty
+        told, share = (np.bincount(bins, values) / np.bincount(bins) for values in (p, truth))
+        right.plot(told, share, "o-", markersize=4)
+    left.set(title="ROC curve", xlabel="1 - specificity", ylabel="sensitivity")
+    right.set(title="reliability, 15 bins", ylabel=f"share of {classes[1]}",
+              xlabel=f"mean predicted probability of {classes[1]}")
+    for ax in (left, right):
+        ax.plot([0, 1], [0, 1], ":", color="0.6")
+    left.legend(loc="lower right", fontsize="small")
+    return fig
 
 if __name__ == "__main__":
     try:
         match sys.argv[1:]:
-            case ["curves", out, *folders] if folders:
-                fig = curves(folders)
+            case ["curves" | "roc" as kind, out, *folders] if folders:
+                fig = {"curves": curves, "roc": roc}[kind](folders)
+            case ["cams" | "mistakes" as kind, out, *folders] if folders:
+                fig = cams(folders, only_mistakes=kind == "mistakes")
             case ["table" | "labels" as kind, source, out]:
                 fig = {"table": table, "labels": labels}[kind](json.loads(Path(source).read_text()))
             case _:
                 sys.exit(__doc__)
-        fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    except OSError as error:
-        sys.exit(str(error))
+        if fig:
+            format = "png" if out.endswith(".png") else "svg"
+            fig.savefig(out, format=format, metadata={"Date": None, "Creator": None})
+    except (OSError, getattr(sys.modules.get("data"), "UserError", OSError)) as error:
+        sys.exit(str(error))  # a mistake of the user

@@ -69,7 +69,7 @@ def kermany(tmp_path):
         image_file(root / f"test/PNEUMONIA/person{i}_virus_{i}.jpeg")
         image_file(root / f"test/NORMAL/IM-{i:04d}-0001-0002.jpeg")
     for junk in ("train/.DS_Store", "train/PNEUMONIA/.DS_Store", "train/PNEUMONIA/._person1_bacteria_1.jpeg",
-                 "__MACOSX/train/NORMAL/._IM-0001-0001.jpeg", "train/NORMAL/Thumbs.db"):  # fmt: skip
+                 "__MACOSX/train/NORMAL/._IM-0001-0001.jpeg", "train/NORMAL/Thumbs.db"):
         (root / junk).parent.mkdir(parents=True, exist_ok=True)
         (root / junk).write_bytes(b"junk")
     image_file(root / "chest_xray/train/NORMAL/IM-0001-0001.jpeg")  # the nested copy in Kaggle's archive
@@ -97,7 +97,7 @@ def nih(tmp_path):
     rows = [("00000001_000.png", "Cardiomegaly|Emphysema", 1), ("00000001_001.png", "No Finding", 1),
             ("00000002_000.png", "Pleural_Thickening", 2), ("00000003_000.png", "Infiltration|Mass", 3),
             ("00000003_001.png", "Hernia", 3), ("00000004_000.png", "No Finding", 4),
-            ("00000005_000.png", "Mass", 5), ("00000006_000.png", "Mass", 6)]  # fmt: skip
+            ("00000005_000.png", "Mass", 5), ("00000006_000.png", "Mass", 6)]
     text = "".join(
         f"{name},{found},0,{patient},58,M,PA,2894,2729,0.143,0.143,\n" for name, found, patient in rows
     )
@@ -132,7 +132,7 @@ def chexpert(tmp_path):
 def tiny_network():
     """A network of one's own with BatchNorm, dropout and two fully connected layers, for images of 32 pixels."""
     features = nn.Sequential(nn.Conv2d(3, 8, 5, stride=3), nn.BatchNorm2d(8), nn.ReLU(),
-                             nn.AdaptiveAvgPool2d(3), nn.Flatten())  # fmt: skip
+                             nn.AdaptiveAvgPool2d(3), nn.Flatten())
     classifier = nn.Sequential(nn.Dropout(0.1), nn.Linear(72, 16), nn.ReLU(), nn.Linear(16, 1000))
     return nn.Sequential(OrderedDict(features=features, classifier=classifier))
 

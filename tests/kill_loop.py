@@ -1,11 +1,11 @@
-"""Kill a run at random moments and take it up again, over and over: every ending must have the bits of a run
-that was never stopped. Too slow for the suite:
+"""Kill a run at random moments and resume it, again and again: every run must end with the bits of a run that was
+never stopped. Too slow for the suite:
 
     python tests/kill_loop.py --kills 50
 
-Each round begins with nothing, so that kills fall into the cache of images, the teacher's table, epochs and
-the writing of checkpoints alike. Children are forked, so a kill costs no import. A killed process may leave a
-.part file behind, which the next start removes.
+Each round begins with nothing, so kills fall into the cache of images, the teacher's logits, epochs and the writing
+of checkpoints alike. Children are forked, so a kill costs no import. A killed process may leave a .part file behind,
+which the next start removes.
 """
 
 import csv
@@ -36,7 +36,7 @@ STUDENT = ["--role", "student", *SMALL, "--teacher", "teacher", "--T", "3", "--o
 
 
 def child(argv):
-    """Fork; the child trains and leaves without cleaning up, as after a kill."""
+    """Fork a child that trains and exits without cleaning up, and return its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -52,17 +52,17 @@ def child(argv):
 
 
 def ending():
-    """Everything that must not differ: the best weights, the history without its seconds, the test figures."""
+    """Return all that must not differ: the best weights, the history without its seconds, the test figures."""
     weights = models.load_checkpoint("student")[0].state_dict()
     with open("student/history.csv", newline="") as file:
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-    state = models.state_of("student", models.load_run("student")[1])
+    state = models.state_of(models.load_run("student")[1])
     assert state == "" and not list(Path("student").glob(".*")), f"the run ended{state}: {os.listdir('student')}"
     with open(os.devnull, "w") as sys.stdout:
         evaluate.main(["student"])
     sys.stdout = sys.__stdout__
     kept = json.loads(Path("student/metrics.json").read_text())
-    figures = {k: v for k, v in kept.items() if k not in ("trained_by", "judged_by")}  # those tell no figures
+    figures = {k: v for k, v in kept.items() if k not in ("trained_by", "judged_by")}  # not figures
     return weights, rows, figures
 
 
@@ -72,7 +72,7 @@ def same(a, b):
 
 def main():
     wanted = asked_for("kill_loop.py", __doc__, "kills", 50)
-    train.SAVE_SECONDS = 0  # a checkpoint an epoch: more writing to be killed in
+    train.SAVE_SECONDS = 0  # a checkpoint per epoch, so that more kills fall into writing
     os.chdir(tempfile.mkdtemp())
     for part, n in (("train", 60), ("test", 16)):
         for i in range(n):
@@ -85,7 +85,7 @@ def main():
         start = time.perf_counter()
         assert os.waitpid(child(STUDENT), 0)[1] == 0, Path("log").read_text()
         lengths.append(time.perf_counter() - start)
-    length, expected = min(lengths), ending()  # the first may be slower, and kills after the end are none
+    length, expected = min(lengths), ending()  # the first may be slower, and no kill must come after the end
     kills = endings = 0
     while min(kills, endings) < wanted:
         for folder in ("student", "cache"):

@@ -116,6 +116,13 @@ def test_three_classes_come_from_the_file_names(kermany):
     )
 
 
+def test_bacteria_or_virus_is_searched_below_the_class_folder_alone(kermany):
+    before = data.load(kermany, 16, ("test",), classes=3).test
+    kermany.rename(kermany.with_name("virus"))
+    after = data.load(kermany.with_name("virus"), 16, ("test",), classes=3).test
+    assert torch.equal(after.labels, before.labels) and after.groups == before.groups
+
+
 def test_normal_is_class_zero_whatever_the_alphabet_says(tmp_path):
     for name in ("NORMAL", "COVID"):
         for split in ("train", "test"):
@@ -227,6 +234,7 @@ def test_the_cache_is_made_again_when_what_it_was_made_from_changes(kermany, mon
         size = 16
     else:
         monkeypatch.setattr(data, "decode", darker)
+        monkeypatch.setattr(data, "PIXELS", data.PIXELS + 1)
     after = data.load(kermany, size, ("test",)).test
     assert not torch.equal(pixels, after.images) and before.key != after.key
     assert len(list((kermany.parent / "cache").iterdir())) == 2
@@ -236,12 +244,21 @@ def darker(path, size, negative=False, decode=data.decode):
     return decode(path, size, negative) // 2
 
 
-@pytest.mark.parametrize("function", ["draw_chest", "random_chests", "list_phantoms"])
-def test_a_change_of_what_draws_phantoms_draws_them_anew(few_phantoms, monkeypatch, function):
-    before, real = split_of("phantoms").key, getattr(data, function)
-    assert split_of("phantoms").key == before
-    monkeypatch.setattr(data, function, lambda *a: real(*a))
-    assert split_of("phantoms").key != before
+@pytest.mark.parametrize("restored", [False, True])
+def test_negatives_of_the_same_names_and_lengths_are_other_pixels(kermany, restored):
+    """Also where whatever replaced the files restored their modification times."""
+    def save(pixels):
+        for path in kermany.glob("train/*/[!._]*.jpeg"):
+            times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+            Image.fromarray(pixels).save(path, "BMP")  # not compressed
+            if restored:
+                os.utime(path, ns=times)
+        split = data.load(kermany, 16, ("train",))
+        return split.fingerprints, split.train.key
+
+    pixels = ramp(16, 16)
+    (positive, key), (negative, other_key) = save(pixels), save(255 - pixels)
+    assert {k for k in positive if positive[k] != negative[k]} == {"train_pixels"} and key != other_key
 
 
 def test_two_sets_of_one_name_with_equal_files_but_for_their_pixels_share_no_cache(tmp_path, monkeypatch):
@@ -517,9 +534,14 @@ def test_augmentation_moves_an_image_the_same_way_at_two_sizes_and_never_flips_i
     assert (shrunk - small).abs().mean() < 0.12 < (still - small).abs().mean()
 
 
-def test_rows_of_logits_and_features_reach_the_network_as_they_are():
-    rows = torch.randn(5, 7, dtype=torch.float16)
-    assert torch.equal(data.prepare(rows, torch.device("cpu")), rows.float())
+def test_augmentation_rotates_zooms_and_shifts_as_far_as_stated():
+    affines = data.random_affines(10000, torch.Generator().manual_seed(1))  # rows a -b x, b a y
+    (a, b), (x, y) = affines[:, :, 0].T, affines[:, :, 2].T
+    drawn = torch.stack([torch.atan2(b, a), torch.hypot(a, b) - 1, x, y])
+    for values, most in zip(drawn, (0.12, 0.08, 0.06, 0.06), strict=True):  # 7 degrees, 8 %, 3 % of a side
+        assert values.min().item() == pytest.approx(-most, rel=0.01)
+        assert values.max().item() == pytest.approx(most, rel=0.01) and abs(values.mean()) < 0.05 * most
+    assert (torch.corrcoef(drawn) - torch.eye(4)).abs().max() < 0.05  # each is drawn by itself
 
 
 # ---- errors and the command line
@@ -597,7 +619,7 @@ def test_a_val_folder_is_folded_into_train_and_a_large_one_is_said_to_be(kermany
 @pytest.mark.parametrize("names, told", [
     (("covid", "healthy"), "positive: healthy. If that is the healthy class, rename its folder NORMAL\n"),
     (("covid", "normal"), ""), (("a", "b", "c"), ""),
-])  # fmt: skip
+])
 def test_of_two_classes_without_a_normal_one_the_positive_is_named_with_advice(tmp_path, capsys, names, told):
     for name in names:
         image_file(tmp_path / f"set/train/{name}/patient1.png")
@@ -699,19 +721,21 @@ def test_only_a_student_that_hears_its_teacher_trains_on_images_without_a_label(
 # ---- what a split is, in 16 digits
 
 
-def test_fingerprints_are_of_ids_sizes_and_labels_before_any_is_hidden(unlabelled):
+def test_fingerprints_are_taken_before_labels_are_hidden(unlabelled):
     def prints(source=unlabelled, size=16, **options):
         return data.load(source, size, ("train",), **options).fingerprints
 
     first = prints()
-    assert {*first} == {"train", "val", "test"} and all(len(digits) == 16 for digits in first.values())
-    assert prints(labels_per_class=2) == prints(unlabelled=False) == prints(size=24) == first
+    assert {*first} == {"train", "val", "test", "train_pixels"} and all(len(digits) == 16 for digits in first.values())
+    assert prints(labels_per_class=2) == prints(unlabelled=False) == first
+    assert {k for k, digits in prints(size=24).items() if digits != first[k]} == {"train_pixels"}
     moved = Path(shutil.copytree(unlabelled, "moved"))
     for path in moved.rglob("*.jpeg"):
         os.utime(path, ns=(0, 0))
     assert prints(moved) == first
-    for options, changed in (({"wrong_labels": 0.5}, {"train"}), ({"per_class": 6}, {"train", "val"}),
-                             ({"val_fraction": 0.4}, {"train", "val"}), ({"classes": 3}, {"train", "val", "test"})):
+    both = {"train", "train_pixels", "val"}
+    for options, changed in (({"wrong_labels": 0.5}, {"train"}), ({"per_class": 6}, both),
+                             ({"val_fraction": 0.4}, both), ({"classes": 3}, both | {"test"})):
         assert {split for split, digits in prints(**options).items() if digits != first[split]} == changed
     (moved / "test/NORMAL/IM-0100-0001-0002.jpeg").write_bytes(b"never decoded")
     changed = prints(moved)
@@ -860,6 +884,14 @@ def test_a_folder_with_files_in_it_is_not_written_over(archive, kermany):
 
 
 # ---- plumbing
+
+
+def test_a_name_has_the_same_hash_on_every_machine_and_with_all_its_bits():
+    assert data.hash_fraction("train/NORMAL/IM-0001-0001.jpeg") == 0.7481095805514286
+
+
+def test_a_mean_leaves_out_what_could_not_be_judged():
+    assert data.mean([1, math.nan]) == 1 and data.mean(0.25) == 0.25 and math.isnan(data.mean([math.nan]))
 
 
 def test_an_interrupted_write_leaves_the_old_file_whole(tmp_path):

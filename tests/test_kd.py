@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd import MAX_T, binary_kd_loss, distillation_loss, kd_loss, mean_teacher
+from kd import MAX_T, MIN_T, binary_kd_loss, distillation_loss, kd_loss, mean_teacher
 
 # Values on which three independent implementations and plain Python agree to 12 digits.
 S2, T2, Y2 = [[2, -1], [0.5, 0.25]], [[3, -2], [-1, 1.5]], [0, 1]
@@ -147,13 +147,14 @@ def test_permuting_the_teachers_rows_changes_the_loss():
     assert not torch.isclose(kd_loss(s, t, 2.0), kd_loss(s, t[torch.randperm(32)], 2.0))
 
 
+@pytest.mark.parametrize("T", [MIN_T, 1.0])
 @pytest.mark.parametrize("loss", [kd_loss, binary_kd_loss])
-def test_huge_logits_and_bfloat16_stay_finite(loss):
+def test_huge_logits_and_bfloat16_stay_finite(loss, T):
     s = torch.tensor([[1e4, -1e4], [0.0, 1e4]], requires_grad=True)
     t = torch.tensor([[-1e4, 1e4], [1e4, 0.0]])
     with torch.autocast("cpu", torch.bfloat16):
         for a, b in ((s, t), (s.bfloat16(), t.bfloat16())):
-            value = loss(a, b, 1.0)
+            value = loss(a, b, T)
             value.backward()
             assert value.isfinite() and value.dtype == torch.float32
     assert s.grad.isfinite().all()
@@ -239,13 +240,13 @@ def test_the_teacher_is_heard_on_every_image_also_on_those_without_a_label():
 @pytest.mark.parametrize("labels", [
     [0, 1, 2, 2, -1, -1, -1, -1], [-1] * 7 + [1],
     [[1, 0, 1]] * 3 + [[1, math.nan, math.nan]] + [[math.nan] * 3] * 4,
-])  # fmt: skip
+])
 def test_two_halves_of_a_batch_average_to_its_loss_however_labels_are_spread(labels):
     s, t = (torch.randn(8, 3, dtype=torch.float64) for _ in range(2))
     y = torch.tensor(labels)
     whole = distillation_loss(s, t, y, 3.0, 0.4, 0.1)
     halves = [distillation_loss(s[i : i + 4], t[i : i + 4], y[i : i + 4], 3.0, 0.4, 0.1)
-              for i in (0, 4)]  # fmt: skip
+              for i in (0, 4)]
     for both, one in zip(zip(*halves, strict=True), whole, strict=True):
         assert torch.isclose(sum(both) / 2, one, rtol=1e-12)
 
@@ -288,12 +289,9 @@ def test_teachers_under_bfloat16_are_averaged_in_float32(multilabel):
     (1.0, ((4, 1), (4, 1)), "binary_kd_loss"),
     (1.0, ((4, 2), (4, 3)), "same images and classes"),
     (1.0, ((4,), (4,)), r"\(images, classes\)"),
-    (0.0, ((4, 2), (4, 2)), "above 0 and up to 1000, got 0.0"),
-    (-1.0, ((4, 2), (4, 2)), "above 0 and up to 1000, got -1.0"),
-    (math.nan, ((4, 2), (4, 2)), "above 0 and up to 1000, got nan"),
-    (1000.5, ((4, 2), (4, 2)), "above 0 and up to 1000, got 1000.5"),
-])  # fmt: skip
-def test_what_cannot_be_distilled_is_refused_with_the_reason(T, shapes, says):
+    *[(T, ((4, 2), (4, 2)), f"0.001 and 1000, got {T}") for T in (0.0, 0.0009, -1.0, math.nan, 1000.5)],
+])
+def test_what_cannot_be_distilled_is_refused(T, shapes, says):
     with pytest.raises(ValueError, match=says):
         kd_loss(torch.zeros(shapes[0]), torch.zeros(shapes[1]), T)
     if min(shapes[0]) > 1:  # sigmoid is made for one logit
@@ -311,7 +309,11 @@ def test_at_the_highest_T_allowed_float32_still_has_the_gradient(loss):
     assert torch.allclose(s.grad.double(), exact, rtol=0, atol=1e-3 * exact.abs().max())
 
 
-@pytest.mark.parametrize("alpha", [-0.1, 1.5, math.nan])
-def test_alpha_outside_zero_to_one_is_refused(alpha):
-    with pytest.raises(ValueError, match=f"alpha must lie between 0 .* and 1 .*, got {alpha}"):
-        distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1).long(), 1.0, alpha)
+@pytest.mark.parametrize("T, alpha, says", [
+    (1.0, -0.1, "alpha must lie between 0 .* and 1 .*, got -0.1"), (1.0, 1.5, "got 1.5"), (1.0, math.nan, "got nan"),
+    (0.0, 0.5, "0.001 and 1000, got 0.0"),
+])
+@pytest.mark.parametrize("teacher", [None, torch.zeros(1, 2)])
+def test_settings_out_of_range_are_refused_also_without_a_teacher(T, alpha, says, teacher):
+    with pytest.raises(ValueError, match=says):
+        distillation_loss(torch.zeros(1, 2), teacher, torch.zeros(1).long(), T, alpha)

@@ -1,5 +1,6 @@
 """What networks must be after a new head, after freezing, and after a trip through a file."""
 
+import copy
 import hashlib
 import http.server
 import inspect
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -72,7 +74,7 @@ def test_the_head_is_found_in_every_family_of_classifiers_of_torchvision():
 
 def test_parameter_counts_with_two_classes_are_the_published_ones():
     for arch, size, count in (("alexnet", 64, 57_012_034), ("resnet18", 64, 11_177_538),
-                              ("inception_v3", 80, 21_789_666), ("inception_v3", 299, 24_348_900)):  # fmt: skip
+                              ("inception_v3", 80, 21_789_666), ("inception_v3", 299, 24_348_900)):
         with torch.device("meta"):
             assert sum(p.numel() for p in models.build(arch, 2, size).parameters()) == count
 
@@ -90,7 +92,7 @@ def test_auxiliary_heads_are_there_where_the_image_is_large_enough_and_only_ther
 
 @pytest.mark.parametrize("arch, size, says", [
     ("squeezenet1_1", 16, "Output size is too small"), ("inception_v3", 74, "Calculated padded input size"),
-])  # fmt: skip
+])
 def test_a_size_that_a_network_cannot_take_is_refused_with_torchs_reason(arch, size, says):
     said = refused(models.build, arch, 2, size)
     assert said.startswith(f"{arch} cannot take images of {size} x {size} pixels; choose another --size")
@@ -137,7 +139,7 @@ def test_a_network_without_a_layer_of_1000_outputs_is_refused(monkeypatch):
 @pytest.mark.parametrize("arch, finetune, learning", [
     ("alexnet", "fc", 54_542_338), ("alexnet", "head", 8_194), ("googlenet", "head", 2_050),
     ("resnet18", "fc", 1_026), ("squeezenet1_1", "head", 1_026),
-])  # fmt: skip
+])
 def test_freezing_leaves_exactly_the_stated_parameters_to_learn(arch, finetune, learning):
     with torch.device("meta"):
         model = models.build(arch, 2, 64)
@@ -207,10 +209,26 @@ def test_a_checkpoint_gives_back_the_same_logits_facts_and_a_frozen_network_in_e
     assert not again.training and not any(p.requires_grad for p in again.parameters())
 
 
-def test_a_checkpoint_is_known_by_the_hash_of_its_bytes(tmp_path):
-    models.save_checkpoint(tmp_path / "best.pt", small(), epoch=1)
-    _, facts = models.load_checkpoint(tmp_path)
-    assert facts["sha256"] == hashlib.sha256((tmp_path / "best.pt").read_bytes()).hexdigest()
+def test_the_hash_of_weights_depends_on_the_weights_alone():
+    model = small()
+    state, digest = model.state_dict(), models.weights_hash(model.state_dict())
+    optimizer = torch.optim.Adam(model.parameters())
+    last = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    models.save_checkpoint("a.pt", model, epoch=1, last=None)
+    models.save_checkpoint("b.pt", model, epoch=2, last=last)
+    torch.save(dict(reversed(state.items())), "plain.pth")
+    assert len({Path(name).stat().st_size for name in ("a.pt", "b.pt", "plain.pth")}) == 3
+    for name in ("a.pt", "b.pt", "plain.pth"):
+        assert models.weights_hash(models.read_weights(name)["model"]) == digest
+    model.to(memory_format=torch.channels_last)
+    assert models.weights_hash(model.state_dict()) == digest
+    for name, value in state.items():
+        changed = value.clone()
+        changed.view(-1)[-1] += 0.01
+        assert models.weights_hash({**state, name: changed}) != digest, name
+    a, b = torch.zeros(2), torch.ones(2)
+    pairs = [{"a": a, "b": b}, {"a": b, "b": a}, {"b": a, "c": b}, {"a": a[:, None], "b": b}]
+    assert len({models.weights_hash(pair) for pair in pairs}) == 4
 
 
 def test_transform_input_survives_save_and_load():
@@ -224,13 +242,11 @@ def test_transform_input_survives_save_and_load():
     assert not torch.equal(again(images), model(images))
 
 
-def test_saving_keeps_plain_values_only_so_that_loading_runs_no_code():
+def test_plain_facts_survive_save_and_load():
     args = {"lr": 0.1, "teacher": ["a"], "clip": None}
     models.save_checkpoint("a.pt", small(), flags=args, history=[{"a": 1.0}])
     _, facts = models.load_checkpoint("a.pt")
     assert facts["flags"] == args and facts["history"] == [{"a": 1.0}]
-    models.save_checkpoint("last.pt", small(), weights=False, history=[1])
-    assert models.read_weights("last.pt")["model"] == {}
 
 
 class Bomb:
@@ -239,16 +255,16 @@ class Bomb:
 
 
 def save_run_without(*names, model):
-    """x.pt: a run's checkpoint as it must be, but for some facts and flags."""
-    args = {flag: None for flag in models.RUN_FLAGS if flag not in names}
-    facts = {**model.facts, **dict.fromkeys(models.RUN_FACTS, 1), "args": args}
+    """Write x.pt, a run's checkpoint that lacks some facts."""
+    config = {"train": "", "epochs": 1}
+    facts = {**model.facts, **dict.fromkeys(models.RUN_FACTS, 1), "config": config, "history": [{}], "last": None}
     facts = {name: value for name, value in facts.items() if name not in names}
     torch.save({"format": models.FORMAT, "model": model.state_dict(), "facts": facts}, "x.pt")
 
 
-def test_a_checkpoint_that_holds_code_is_refused_and_the_code_does_not_run(monkeypatch):
+def test_code_in_a_checkpoint_does_not_run(monkeypatch):
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")  # the one for torchvision: here none is needed
-    torch.save({"format": models.FORMAT, "model": small().state_dict(), "facts": {"args": Bomb()}}, "x.pt")
+    torch.save({"format": models.FORMAT, "model": small().state_dict(), "facts": {"config": Bomb()}}, "x.pt")
     for read in (models.load_checkpoint, models.load_run, models.read_weights):
         assert "x.pt is not a readable file" in refused(read, "x.pt")
     assert "x.pt is not a readable file" in refused(small, weights="x.pt")
@@ -265,11 +281,11 @@ def test_a_checkpoint_that_holds_code_is_refused_and_the_code_does_not_run(monke
     ({"model": torch.zeros(1)}, "not a readable file of weights"),
     ([torch.zeros(1)], "not a readable file of weights"),
     (torch.zeros(1), "not a readable file of weights"),
-    ({"format": 99, "model": {}, "facts": {}}, "format 99, this code reads 4. Train it again"),
-    ({"format": 3, "model": {}, "facts": {}}, "format 3, this code reads 4. Train it again"),
+    ({"format": 99, "model": {}, "facts": {}}, "format 99, this code reads 5.*train it again"),
+    ({"format": 4, "model": {}, "facts": {}}, "format 4, this code reads 5.*train it again"),
     (None, "No such file: .*x.pt. Train that run first"),
-])  # fmt: skip
-def test_what_is_no_checkpoint_is_refused_in_one_line(content, says):
+])
+def test_what_is_no_checkpoint_is_refused(content, says):
     if isinstance(content, bytes):
         Path("x.pt").write_bytes(content)
     elif content is not None:
@@ -277,16 +293,16 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(content, says):
     assert re.search(says, refused(models.load_checkpoint, "x.pt"))
 
 
-def test_a_run_whose_checkpoint_lacks_a_fact_or_a_flag_is_refused_with_its_name():
+def test_a_run_that_lacks_a_fact_is_refused_with_its_name():
     model = small()
     save_run_without(model=model)
     assert models.load_run("x.pt")[1].keys() >= models.RUN_FACTS
-    for name in (models.RUN_FACTS | models.RUN_FLAGS) - {"arch"}:  # which is also a fact of the network
+    for name in models.RUN_FACTS:
         save_run_without(name, model=model)
         said = refused(models.load_run, "x.pt")
         assert said.startswith("x.pt was not made by train.py") and name in said
-    save_run_without("made", "epoch", "seed", model=model)
-    assert "epoch, made, seed is missing" in refused(models.load_run, "x.pt")
+    save_run_without("config", "epoch", model=model)
+    assert "config, epoch is missing" in refused(models.load_run, "x.pt")
 
 
 @pytest.mark.parametrize("name", ["arch", "num_classes", "aux", "transform_input"])
@@ -299,23 +315,22 @@ def test_a_checkpoint_that_lacks_a_fact_of_its_network_is_refused_with_its_name(
     assert "x.pt is not a checkpoint of this project" in said and name in said
 
 
-@pytest.mark.parametrize("accuracy, stop_at, epochs_done, state", [
-    (0.9, None, 3, ""), (0.9, None, 2, ", epoch 2 of 3"), (0.9, None, None, ", epoch 0 of 3"),
-    (0.9, 0.8, 1, ", stopped at 0.8"), (0.7, 0.8, 3, ""), ([0.7, 0.9], 0.75, 1, ", stopped at 0.75"),
-])  # fmt: skip
-def test_what_is_told_of_a_run_follows_from_its_threshold_and_its_history(accuracy, stop_at, epochs_done, state):
-    facts = {"args": {"stop_at": stop_at, "epochs": 3}, "validation": {"accuracy": accuracy}}
-    Path("run").mkdir()
-    if epochs_done is not None:
-        Path("run/history.csv").write_text("epoch\n" + "".join(f"{i}\n" for i in range(epochs_done)))
-    assert models.state_of("run", facts) == models.state_of("run/best.pt", facts) == state
+@pytest.mark.parametrize("done, stop_at, last, says", [
+    (3, None, None, ""), (2, None, {}, "2 of 3"), (1, 0.8, None, "stopped at 0.8"), (1, 0.8, {}, "1 of 3"),
+    (3, 0.8, None, ""),
+])
+def test_the_state_of_a_run(done, stop_at, last, says):
+    """It follows from the epochs that are done and from whether there is something to resume from."""
+    config = {"stop_at": stop_at, "epochs": 3}
+    state = models.state_of({"history": [{}] * done, "config": config, "last": last})
+    assert says in state if says else state == ""
 
 
 @pytest.mark.parametrize("seen, classes, says", [
-    (["a1"], ["x", "y"], ""), (["v1"], ["x", "y"], "learned from v1"), (["v.png"], ["x", "y"], "v.png"),
-    (["t1"], ["x", "y"], "learned from t1"), (["t.png"], ["x", "y"], "t.png"), ([], ["y", "x"], "classes"),
-])  # fmt: skip
-def test_a_network_that_has_seen_its_judges_or_knows_other_classes_is_refused(seen, classes, says):
+    (["a1"], ["x", "y"], ""), (["v1"], ["x", "y"], "trained on v1"), (["v.png"], ["x", "y"], "v.png"),
+    (["t1"], ["x", "y"], "trained on t1"), (["t.png"], ["x", "y"], "t.png"), ([], ["y", "x"], "classes"),
+])
+def test_a_foreign_network_is_refused(seen, classes, says):
     images = SimpleNamespace(classes=["x", "y"], source="xr", test_groups={"t1", "t.png"},
                              val=SimpleNamespace(groups=["v1"], ids=["v.png"]))
     facts = {"seen_groups": seen, "classes": classes}
@@ -340,7 +355,7 @@ def test_the_head_of_an_own_run_is_kept_where_classes_are_as_many_and_else_rando
         assert same(model.classifier.state_dict(), (source if classes == 3 else random).classifier.state_dict())
 
 
-def test_weights_from_a_file_fill_everything_but_the_new_head():
+def test_a_file_fills_everything_but_the_new_head():
     source = small(classes=3)
     models.save_checkpoint("ours.pt", source)
     torch.save(source.state_dict(), "plain.pth")
@@ -348,7 +363,7 @@ def test_weights_from_a_file_fill_everything_but_the_new_head():
         model = small(classes=2, weights=file)
         assert model.classifier[1].out_channels == 2
         assert same(model.features.state_dict(), source.features.state_dict())
-        assert model.facts["first_weights"] == hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        assert model.facts["first_weights"] == models.weights_hash(source.state_dict())
 
 
 def test_a_plain_state_dict_of_googlenet_was_made_for_other_inputs_and_our_own_checkpoint_says_itself():
@@ -426,7 +441,7 @@ def downloaded(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's oldest format
 @pytest.mark.parametrize("as_zip", [False, True], ids=["as it is", "as torch zipped files once"])
-def test_a_planted_file_of_imagenet_weights_is_refused_and_its_code_does_not_run(downloaded, as_zip):
+def test_code_in_a_file_of_imagenet_weights_does_not_run(downloaded, as_zip):
     path = downloaded / published("squeezenet1_1")[1]
     torch.save({"features.0.weight": Bomb()}, path, _use_new_zipfile_serialization=not as_zip)
     if as_zip:
@@ -434,19 +449,18 @@ def test_a_planted_file_of_imagenet_weights_is_refused_and_its_code_does_not_run
         with zipfile.ZipFile(path, "w") as archive:
             archive.write("inner.pth")
     said = refused(small, weights="imagenet")
-    assert f"Put that file at {path}, or start from random weights: --weights none" in said
+    assert f"Put that file at {path}" in said and "--weights none" in said
     assert not Path("exploded").exists()
 
 
-def test_imagenet_weights_that_were_put_there_by_hand_are_used(downloaded):
+def test_imagenet_weights_put_there_by_hand_are_used(downloaded):
     state = bare_state("squeezenet1_1")
     torch.save(state, downloaded / published("squeezenet1_1")[1])
     model = small(weights="imagenet")
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items()
-               if name.startswith("features"))  # fmt: skip
+               if name.startswith("features"))
     assert model.classifier[1].out_channels == 2 and model.facts["body_loaded"]
-    path = downloaded / published("squeezenet1_1")[1]  # another file in its place is known by its hash
-    assert model.facts["first_weights"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert model.facts["first_weights"] == models.weights_hash(state)  # heads included
 
 
 def test_inceptions_weights_convert_its_input_and_small_images_do_without_its_auxiliary_head(downloaded):
@@ -517,12 +531,12 @@ def test_fetched_weights_are_used_only_if_their_hash_is_the_one_in_their_name(tr
         assert not path.exists()
 
 
-def test_without_a_network_imagenet_weights_are_an_error_that_says_where_the_file_goes(tmp_path, monkeypatch):
+def test_offline_the_error_says_where_imagenet_weights_go(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(published("squeezenet1_1")[0].value, "url", "http://127.0.0.1:9/a-b8a52dc0.pth")
     path = tmp_path / "torch/hub/checkpoints/a-b8a52dc0.pth"
     said = refused(small, weights="imagenet")
-    assert f"Put that file at {path}, or start from random weights: --weights none" in said
+    assert f"Put that file at {path}" in said and "--weights none" in said
 
 
 def test_a_network_without_published_weights_is_refused(monkeypatch):
@@ -562,35 +576,95 @@ def test_residuals_are_what_integers_give_also_where_two_are_equally_near():
     assert len(np.unique(by_integers[:, 2])) > 3  # something was there to be rounded
 
 
-def test_a_network_for_residuals_reads_them_also_after_loading():
+def test_a_residual_network_computes_residuals_however_it_is_called():
     model = models.build("resnet18", 2, 32, reads="residual").eval()
+    x = prepare(torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8), CPU)
+    bare = copy.deepcopy(model)
+    bare._forward_pre_hooks.clear()
+    wanted = bare(models.residuals(x))
+    assert not torch.allclose(wanted, bare(x))
     models.save_checkpoint("a.pt", model)
-    again, _ = models.load_checkpoint("a.pt")
-    x = prepare(torch.randint(0, 256, (1, 1, 32, 32), dtype=torch.uint8), CPU)
-    assert torch.equal(models.forward(again, x)[0], model(models.residuals(x)))
-    assert not torch.equal(models.forward(again, x)[0], model(x))
+    for network in (model, models.load_checkpoint("a.pt")[0], copy.deepcopy(model)):
+        assert torch.equal(network(x), wanted) and torch.equal(models.forward(network, x)[0], wanted)
+    trainable = models.freeze(model, "head")
+    assert torch.equal(trainable(models.features(model, trainable, x)), wanted)
 
 
-# ---- what caches are named by, and cost
+def test_grad_cam_of_a_densenet_that_reads_residuals_is_cam():
+    """CAM by hand: the classifier's weights times the maps that its pooling averages."""
+    model = models.build("densenet121", 2, 64, reads="residual").eval()
+    x, target = prepare(data.phantoms(2, 64, seed=1)[0], CPU), torch.tensor([1, 0])
+    with torch.no_grad():
+        model.features.norm5.bias.normal_()  # about half of what norm5 returns is negative
+        maps = F.relu(model.features(models.residuals(x)))
+        cam = torch.einsum("nk,nkhw->nhw", model.classifier.weight[target], maps).relu()
+    wanted = F.interpolate(cam[:, None], size=64, mode="bilinear")[:, 0]
+    wanted = wanted / wanted.amax((1, 2), keepdim=True)
+    assert torch.allclose(models.grad_cam(model, x, target), wanted, atol=1e-5) and wanted.std() > 0.01
 
 
-@pytest.mark.parametrize("change", ["mean", "deviation", "prepare", "residuals", "transform_input"])
-def test_what_a_network_is_shown_has_another_key_once_any_of_its_makers_changes(change, monkeypatch):
-    reads = "residual" if change == "residuals" else "image"
-    model = small(reads=reads)
-    before = models.reading_key(model)
-    assert models.reading_key(small(classes=3, reads=reads)) == before  # the weights do not matter
+# ---- precomputed outputs, cost
+
+
+def test_a_source_of_a_tensor_returns_its_rows_as_float32():
+    rows = torch.randn(5, 7, dtype=torch.float16)
+    found = models.from_tensor(rows, CPU)(torch.tensor([4, 0, 4]))
+    assert torch.equal(found, rows[[4, 0, 4]].float()) and found.dtype == torch.float32
+
+
+def precomputed(images, network, key="k"):
+    """Return the source and the files in the folder afterwards."""
+    source = models.precompute(models.from_images(images, CPU, network), len(images), CPU, torch.float32,
+                               Path("cache/logits"), key)
+    return source, {*Path("cache").iterdir()}
+
+
+def test_precomputed_outputs_are_computed_once_and_looked_up_by_row():
+    images, calls = torch.randint(0, 256, (131, 1, 8, 8), dtype=torch.uint8), []
+
+    def network(x):
+        calls.append(len(x))
+        return x[:, :2].mean((2, 3))
+
+    rows = torch.tensor([130, 0, 64, 64])
+    first, files = precomputed(images, network)
+    again, same_files = precomputed(images, network)
+    assert calls == [2, 64, 64, 3, 2] and files == same_files  # two rows name the file
+    for source in (first, again):
+        assert torch.allclose(source(rows), network(prepare(images[rows], CPU)), atol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["key", "mean", "deviation", "prepare", "residuals", "network"])
+def test_precomputed_outputs_are_computed_anew_once_code_changes(change, monkeypatch):
+    images = data.phantoms(3, 32, seed=1)[0]
+    model = models.build("resnet18", 2, 32, reads="residual" if change == "residuals" else "image").eval()
+    key, network = "k", model
+    _, before = precomputed(images, network)
     if change in ("mean", "deviation"):
         name = {"mean": "MEAN", "deviation": "STD"}[change]
-        monkeypatch.setattr(data, name, getattr(data, name) + torch.tensor([0, 0, 1e-3]))
+        monkeypatch.setattr(data, name, getattr(data, name) + torch.tensor([0, 0, 0.1]))
     elif change == "prepare":
-        monkeypatch.setattr(models, "prepare", lambda *args: prepare(*args).clamp(max=2.2))
+        monkeypatch.setattr(models, "prepare", lambda *args: prepare(*args).flip(3))
     elif change == "residuals":
         real = models.residuals
         monkeypatch.setattr(models, "residuals", lambda x: real(x).clamp(max=0.5))
+    elif change == "network":
+        network = lambda x: model(x).softmax(1)  # noqa: E731
     else:
-        model.facts["transform_input"] = True
-    assert models.reading_key(model) != before
+        key = "other pixels or weights"
+    assert len(precomputed(images, network, key)[1] - before) == 1
+
+
+def test_precompute_refuses_one_infinite_output_and_leaves_no_file():
+    images = torch.zeros(70, 1, 4, 4, dtype=torch.uint8)
+    images[69] = 255
+
+    def network(x):
+        return torch.cat([torch.ones(len(x), 1), torch.where(x[:, :1, 0, 0] > 0, torch.inf, 1.0)], 1)
+
+    assert "not finite" in refused(precomputed, images, network)
+    assert not [*Path("cache").iterdir()]
+    assert precomputed(images[:69], network)[1]
 
 
 def test_attention_is_counted_in_the_multiply_adds_of_a_transformer():

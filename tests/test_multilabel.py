@@ -1,4 +1,4 @@
-"""Several findings an image: the public CSVs as they are published, the sigmoid loss, AUC per finding."""
+"""Several findings per image: the public CSVs as they are published, the sigmoid loss, and AUC per finding."""
 
 import csv
 import re
@@ -16,7 +16,7 @@ PADCHEST = ["", "ImageID", "ImageDir", "PatientID", "Projection", "PhotometricIn
 
 
 def write_padchest(root, rows):
-    """rows: an image's number, its patient's number, view, photometric interpretation, labels as the CSV has them."""
+    """Write images and their CSV. rows: image number, patient number, view, photometric interpretation, labels."""
     (root / "0").mkdir(parents=True, exist_ok=True)
     with open(root / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv", "w") as file:
         writer = csv.writer(file)
@@ -41,20 +41,18 @@ def by_id(split):
     return {id: labels for id, labels in zip(split.ids, split.labels.tolist(), strict=True)}
 
 
-def test_chest_xray14_is_read_as_published_with_its_own_test_list_and_patients_kept_whole(nih):
+def test_chest_xray14_is_read_as_published(nih):
     loaded = data.load(nih, 16, ("train", "val", "test"), val_fraction=0.3)
     assert loaded.multilabel and len(loaded.classes) == 14 and loaded.classes[12] == "Pleural_Thickening"
     assert sorted(loaded.test.ids) == ["00000005_000.png", "00000006_000.png"]
     labels = {**by_id(loaded.train), **by_id(loaded.val)}
-    assert [loaded.classes[k] for k, on in enumerate(labels["00000001_000.png"]) if on] == [
-        "Cardiomegaly",
-        "Emphysema",
-    ]
+    found = [loaded.classes[k] for k, on in enumerate(labels["00000001_000.png"]) if on]
+    assert found == ["Cardiomegaly", "Emphysema"]
     assert not any(labels["00000001_001.png"]) and labels["00000002_000.png"][12] == 1
     assert not set(loaded.train.groups) & set(loaded.val.groups) and len(labels) == 6
 
 
-def test_chexperts_uncertain_labels_are_unknown_and_its_side_views_are_left_out(chexpert):
+def test_chexpert_is_read_as_published(chexpert):
     loaded = data.load(chexpert, 16, ("train", "val", "test"))
     assert all("frontal" in id for id in loaded.train.ids + loaded.val.ids + loaded.test.ids)
     assert set(loaded.test.groups) == {"patient64541", "patient64542"}
@@ -66,8 +64,8 @@ def test_chexperts_uncertain_labels_are_unknown_and_its_side_views_are_left_out(
 @pytest.mark.parametrize("wrong, says", [
     (("Hernia", "hernia"), "not the CSV that its authors published.*hernia"),
     (("Mass,0,5,", "Mass,0,,"), "not the CSV that its authors published"),
-])  # fmt: skip
-def test_a_label_that_is_spelt_otherwise_and_a_missing_patient_are_no_negatives(nih, wrong, says):
+])
+def test_misspelt_labels_and_missing_patients_are_refused(nih, wrong, says):
     path = nih / "Data_Entry_2017.csv"
     assert wrong[0] in path.read_text()
     path.write_text(path.read_text().replace(*wrong))
@@ -75,20 +73,20 @@ def test_a_label_that_is_spelt_otherwise_and_a_missing_patient_are_no_negatives(
         data.list_images(nih)
 
 
-def test_two_images_of_one_name_are_refused_where_a_csv_names_them(nih):
+def test_two_images_of_one_name_are_refused(nih):
     image_file(nih / "masks/00000001_000.png", shade=255)
     with pytest.raises(data.UserError, match="Two images below .* have the same name"):
         data.list_images(nih)
 
 
-def test_a_csv_without_any_of_its_images_says_so(nih):
+def test_a_csv_without_its_images_is_refused(nih):
     for path in nih.glob("images_*/images/*.png"):
         path.unlink()
     with pytest.raises(data.UserError, match="No image of .*Data_Entry_2017.csv is below"):
         data.list_images(nih)
 
 
-def test_padchests_lists_are_parsed_and_its_negatives_turned(padchest):
+def test_padchest_is_read_as_published(padchest):
     loaded = data.load(padchest, 40, ("train", "val", "test"))
     labels, shades = {}, {}
     for split in (loaded.train, loaded.val, loaded.test):
@@ -102,14 +100,14 @@ def test_padchests_lists_are_parsed_and_its_negatives_turned(padchest):
     assert not set(loaded.test.groups) & (set(loaded.train.groups) | set(loaded.val.groups))
 
 
-def test_padchests_images_without_a_report_or_to_exclude_by_it_are_left_out(tmp_path):
+def test_padchest_images_without_a_report_are_left_out(tmp_path):
     words = ["['normal']", "", "[]", "['exclude']", "['mass', ' exclude ']", "['excluded']", "['mass']", "['']"]
     root = write_padchest(tmp_path / "p", [(i, i, "PA", "MONOCHROME2", each) for i, each in enumerate(words)])
     found = {r["id"]: sum(r["label"]) for r in data.list_images(str(root))[0]}
     assert found == {"0.png": 0, "5.png": 0, "6.png": 1}
 
 
-def test_a_tenth_of_padchests_patients_is_held_back_whatever_the_order_of_rows(tmp_path):
+def test_a_tenth_of_padchests_patients_is_the_test_set(tmp_path):
     rows = [(i, i // 2, "PA", "MONOCHROME2", "['normal']") for i in range(200)]
     held = []
     for order in (rows, rows[::-1]):
@@ -118,7 +116,7 @@ def test_a_tenth_of_padchests_patients_is_held_back_whatever_the_order_of_rows(t
     assert held[0] == held[1] and 3 <= len(held[0]) <= 20  # of 100
 
 
-def test_images_that_are_absent_are_counted_and_a_csv_without_a_needed_column_is_refused(nih, capsys):
+def test_absent_images_and_columns_are_noticed(nih, capsys):
     (nih / "images_001/images/00000001_000.png").unlink()
     assert len(data.list_images(str(nih))[0]) == 7
     assert "1 images of the CSV are not in" in capsys.readouterr().out
@@ -129,7 +127,7 @@ def test_images_that_are_absent_are_counted_and_a_csv_without_a_needed_column_is
 
 
 @pytest.mark.parametrize("spoiled", ["one", "7.0", "nan"])
-def test_a_spoiled_label_is_one_line_that_names_it(chexpert, spoiled):
+def test_a_spoiled_label_is_named(chexpert, spoiled):
     lines = (chexpert / "train.csv").read_text().splitlines()
     lines[1] = lines[1].replace(",1.0,", f",{spoiled},")
     (chexpert / "train.csv").write_text("\n".join(lines))
@@ -138,7 +136,7 @@ def test_a_spoiled_label_is_one_line_that_names_it(chexpert, spoiled):
     assert "\n" not in str(error.value)
 
 
-def test_the_corrected_csv_of_chest_xray14_is_read_instead_of_the_first_and_images_count_once(nih, capsys):
+def test_the_corrected_csv_of_chest_xray14_comes_first(nih, capsys):
     text = (nih / "Data_Entry_2017.csv").read_text().replace("Cardiomegaly|Emphysema", "Edema")
     (nih / "Data_Entry_2017_v2020.csv").write_text(text)
     records, names = data.list_images(str(nih))
@@ -159,20 +157,20 @@ def test_linked_folders_of_chest_xray14_are_followed(nih):
     assert len(data.list_images(str(nih))[0]) == 8
 
 
-def test_a_csv_set_without_its_test_list_is_one_line_that_names_it(nih):
+def test_a_missing_test_list_is_named(nih):
     (nih / "test_list.txt").unlink()
     with pytest.raises(data.UserError, match="ChestX-ray14/test_list.txt") as error:
         data.load(nih.name, 16)
     assert "\n" not in str(error.value)
 
 
-def test_chest_xray14s_own_header_is_read_with_its_commas_as_they_are(nih):
+def test_the_header_of_chest_xray14_holds_commas(nih):
     assert NIH_HEADER.count(",") == 11  # of 9 columns: two titles hold a comma
     ages = {row["Patient Age"] for row in data.read_csv(nih / "Data_Entry_2017.csv")}
     assert ages == {"58"}
 
 
-def test_the_findings_of_phantoms_are_independent_and_seen_where_they_should_be():
+def test_phantoms_show_their_findings():
     findings = (torch.rand(300, 3, generator=torch.Generator().manual_seed(0)) < 0.5).float()
     images, masks, lungs = data.draw(300, 32, 5, findings)
     assert torch.equal(masks.flatten(1).any(1), findings[:, 0] == 1)
@@ -193,7 +191,7 @@ def test_the_audit_counts_positives(capsys):
     assert re.split(" {2,}", line)[1:] == wanted
 
 
-def test_teacher_baseline_and_student_run_on_several_findings_and_are_judged_by_auc(few_phantoms, capsys):
+def test_all_roles_run_on_several_findings(few_phantoms, capsys):
     flags = ("--data", "findings")
     fit("--out", "t", *flags)
     fit("--out", "b", *flags, role="baseline", small=BARE)
@@ -201,7 +199,7 @@ def test_teacher_baseline_and_student_run_on_several_findings_and_are_judged_by_
     capsys.readouterr()
     evaluate.main(["t", "b", "s", "--json", "all.json", "--grid"])
     text = capsys.readouterr().out
-    for wanted in ("always the same ", "LARGE_HEART ", "parameters, M ", "  minus b "):  # fmt: skip
+    for wanted in ("always the same ", "LARGE_HEART ", "parameters, M ", "  minus b "):
         assert f"\n{wanted}" in text, wanted
     stored = evaluate.json.loads(open("all.json").read())["runs"]["t"]["test"]
     truth = data.load("findings", 32, ("test",)).test.labels
@@ -217,36 +215,37 @@ def test_teacher_baseline_and_student_run_on_several_findings_and_are_judged_by_
 BARE = ["--arch", "squeezenet1_1", "--size", "32", "--epochs", "2", "--batch-size", "8", "--lr", "0.01"]
 
 
-def test_images_with_several_findings_learn_with_the_sigmoid_loss(few_phantoms, monkeypatch):
+def test_several_findings_use_the_sigmoid_loss(few_phantoms, monkeypatch):
     fit("--data", "findings", "--out", "t")
     called, real = [], kd.binary_kd_loss
     monkeypatch.setattr(kd, "binary_kd_loss", lambda *a: (called.append(a), real(*a))[1])
     monkeypatch.setattr(kd, "kd_loss", None)
     args = fit("--data", "findings", "--teacher", "t", "--out", "s", role="student", small=BARE)
     assert len(called) == 2 * 3 and args.data == "findings"  # 24 images in batches of 8, twice
-    teacher = evaluate.predict(models.load_checkpoint("t")[0], data.load("findings", 32).train.images, "cpu")
+    cpu, images = torch.device("cpu"), data.load("findings", 32).train.images
+    teacher = evaluate.predict(models.load_checkpoint("t")[0], models.from_images(images, cpu), len(images), cpu)
     for student_logits, teacher_logits, T in called:
         assert student_logits.shape == teacher_logits.shape == (8, 3) and T == args.T
         assert (torch.cdist(teacher_logits, teacher).amin(1) < 1e-4).all()
 
 
-def test_a_finding_that_no_image_has_a_label_of_is_learned_from_the_teacher_alone(chexpert, monkeypatch):
-    """The third finding of this CheXpert is uncertain in every image: without a teacher its row of the
-    head does not move."""
+def test_a_finding_without_labels_is_learned_from_the_teacher(chexpert, monkeypatch):
+    """The third finding of this CheXpert is uncertain in every image. Without a teacher, the row of the head for this
+    finding does not change."""
     flags = ["--data", str(chexpert), "--recipe", "multilabel", "--weights", "none", "--arch", "tiny",
-             "--size", "32", "--epochs", "1", "--batch-size", "4", "--clip", "0"]  # fmt: skip
+             "--size", "32", "--epochs", "1", "--batch-size", "4", "--clip", "0"]
     for i, path in enumerate(sorted(chexpert.glob("train/*/*/*_frontal.jpg"))):
-        image_file(path, shade=20 + 40 * i)  # of images that are all alike BatchNorm would leave nothing
+        image_file(path, shade=20 + 40 * i)  # BatchNorm turns images that are all alike into zeros
     fit("--out", "t", small=flags)
     fit("--out", "labels", "--teacher", "t", "--alpha", "0", role="student", small=flags)
     fit("--out", "taught", "--teacher", "t", role="student", small=flags)
     torch.manual_seed(0)
     start = models.build("tiny", 13, 32).classifier[3].weight
-    for run, hears in (("t", False), ("labels", False), ("taught", True)):
+    for run, has_logits in (("t", False), ("labels", False), ("taught", True)):
         moved = (models.load_checkpoint(run)[0].classifier[3].weight - start).abs().amax(1) > 1e-6
-        assert moved.tolist() == [k != 2 or hears for k in range(13)]
+        assert moved.tolist() == [k != 2 or has_logits for k in range(13)]
 
 
-def test_mnasnets_averages_move_as_fast_as_those_of_others():
+def test_mnasnet_has_the_momentum_of_other_networks():
     model = models.build("mnasnet1_0", 2, 64)
     assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}

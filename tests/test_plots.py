@@ -5,9 +5,17 @@ import math
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+import torch
+from conftest import fit
+
+import data
+import evaluate
+import models
 
 pytest.importorskip("matplotlib")
 
@@ -18,7 +26,7 @@ ROOT = Path(plots.__file__).parents[1]
 
 def figure(mean, low, high):
     return {"auc": {"mean": mean, "sd": None, "low": low, "high": high},
-            "accuracy": {"mean": mean - 0.1, "sd": 0.01, "low": low, "high": high}}  # fmt: skip
+            "accuracy": {"mean": mean - 0.1, "sd": 0.01, "low": low, "high": high}}
 
 
 def row(title, *figures):
@@ -33,7 +41,7 @@ def drawn(ax):
     """Of every row its dot, and both ends of its interval."""
     dots = [line.get_xydata()[0].tolist() for line in ax.lines if line.get_marker() == "o"]
     intervals = [line.get_xydata().tolist() for line in ax.lines if line.get_marker() == "None" and len(
-        set(line.get_ydata())) == 1]  # fmt: skip
+        set(line.get_ydata())) == 1]
     return dots, intervals
 
 
@@ -111,7 +119,7 @@ def test_seeds_share_a_panel_with_validation_solid_and_training_dashed():
     assert [teacher.get_title(), student.get_title()] == ["teacher", "student-T1"]
     told = [(line.get_linestyle(), line.get_xdata().tolist(), line.get_ydata().tolist()) for line in teacher.lines]
     assert told == [("--", [1, 2], [50, 75]), ("-", [1, 2], [60, 70]),
-                    ("--", [1, 2, 3], [25, 50, 100]), ("-", [1, 2, 3], [40, 80, 90])]  # fmt: skip
+                    ("--", [1, 2, 3], [25, 50, 100]), ("-", [1, 2, 3], [40, 80, 90])]
     dashed, solid = student.lines
     assert math.isnan(dashed.get_ydata()[0]) and solid.get_ydata().tolist() == [90]
 
@@ -130,14 +138,14 @@ def test_more_than_three_rows_go_below_and_every_one_has_a_panel(monkeypatch):
 
 def run(role, n, auc, teacher=None, alpha=0.9):
     figures = {"auc": auc, "accuracy": auc - 0.1}
-    return {"args": {"role": role, "labels_per_class": n, "teacher": teacher, "alpha": alpha},
-            "test": figures, "validation": {name: value + 0.01 for name, value in figures.items()}}  # fmt: skip
+    return {"config": {"role": role, "labels_per_class": n, "teacher": teacher, "alpha": alpha},
+            "test": figures, "validation": {name: value + 0.01 for name, value in figures.items()}}
 
 
 def points(ax):
     """{legend: [(place, mean, lower end, upper end), ...]}"""
     return {line.get_label(): [(*xy, segment[0][1], segment[1][1]) for xy, segment in zip(
-        line[0].get_xydata().tolist(), line[2][0].get_segments(), strict=True)] for line in ax.containers}  # fmt: skip
+        line[0].get_xydata().tolist(), line[2][0].get_segments(), strict=True)] for line in ax.containers}
 
 
 ALONE = "on those labels alone"
@@ -149,7 +157,7 @@ def test_a_point_is_the_mean_over_seeds_and_its_bar_students_interval_of_that_me
     runs["all"] = run("baseline", None, 0.95)  # a single seed has no bar
     axes = plots.labels({"runs": runs}).axes
     assert [ax.get_title() for ax in axes] == ["AUC, % (validation)", "AUC, % (test)", "accuracy, % (validation)",
-                                               "accuracy, % (test)"]  # fmt: skip
+                                               "accuracy, % (test)"]
     assert [tick.get_text() for tick in axes[1].get_xticklabels()] == ["10", "all"]
     half = 4.303 * 10 / 3**0.5  # by hand: the deviation of 80, 90 and 70 is 10
     few, every = points(axes[1])[ALONE]
@@ -166,7 +174,7 @@ def test_a_line_is_told_by_who_taught_its_runs():
         "same": run("student", 10, 0.8, ["t10/"]), "same-file": run("student", 10, 0.8, ["t10/best.pt"]),
         "all": run("student", 10, 0.9, ["t"]), "absent": run("student", 10, 0.9, ["runs/elsewhere"]),
         "all-labels": run("student", None, 0.95, ["t"]), "none": run("student", 0, 0.85, ["t"]),
-    }  # fmt: skip
+    }
     ax = plots.labels({"runs": runs}).axes[1]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "10", "30", "all"]
     rounded = {words: [(round(p), round(m)) for p, m, *_ in line] for words, line in points(ax).items()}
@@ -181,22 +189,187 @@ def test_students_of_another_alpha_have_a_line_of_their_own():
 def test_the_figure_of_labels_is_drawn_from_the_results(monkeypatch):
     type_in(monkeypatch, "labels", ROOT / "results/labels.json", "labels.svg")
     marks = [[float(shape.get(at)) for shape in ElementTree.parse(path).iter() if shape.tag.endswith("}use")
-              for at in "xy"] for path in ("labels.svg", ROOT / "figures/labels.svg")]  # fmt: skip
+              for at in "xy"] for path in ("labels.svg", ROOT / "figures/labels.svg")]
     assert len(marks[0]) > 80 and marks[0] == pytest.approx(marks[1], abs=2)  # another matplotlib's margins
     assert texts("labels.svg") == texts(ROOT / "figures/labels.svg")
+
+
+# ---- Grad-CAM
+
+
+def tiles(fig):
+    """The tiles of a picture, a list per row; a run's tile holds its image and its heat."""
+    columns = fig.axes[0].get_gridspec().ncols
+    return [fig.axes[i : i + columns] for i in range(0, len(fig.axes), columns)]
+
+
+def shown(monkeypatch, classes, labels, runs, patients=None, **options):
+    """Draw runs {name: probabilities}, and return the rows of the drawn images and the texts below their tiles."""
+    labels, n = torch.tensor(labels), len(labels)
+    images = torch.arange(n, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)  # each knows its own row
+    test = SimpleNamespace(labels=labels, images=images, groups=patients or [*range(n)], ids=[f"{i}" for i in range(n)])
+    loaded = SimpleNamespace(classes=classes, multilabel=labels.dim() == 2, test=test)
+    monkeypatch.setattr(plots, "load", lambda name: (torch.nn.Linear(1, 1), loaded, np.array(runs[name])))
+    monkeypatch.setattr(models, "grad_cam", lambda model, x, target: torch.zeros(len(x), 4, 4))
+    fig = plots.cams([*runs], **options)
+    rows = [] if fig is None else tiles(fig)
+    return [row[0].images[0].get_array()[0, 0] for row in rows], [[ax.get_xlabel() for ax in row] for row in rows]
+
+
+def both(*positive):
+    return [[1 - p, p] for p in positive]
+
+
+HALF = [0, 1] * 6
+
+
+def test_mistakes_come_first_then_classes_in_turn(monkeypatch):
+    """Healthy images are among both: a false alarm is a mistake like others."""
+    first = both(0.4, 0.9, 0.8, 0.1, 0.3, 0.7, 0.2, 0.8, 0.1, 0.6, 0.45, 0.65)  # wrong of 2 and 3
+    second = both(0.4, 0.9, 0.3, 0.6, 0.3, 0.7, 0.2, 0.8, 0.7, 0.05, 0.1, 0.9)  # wrong of 8 and 9
+    rows, texts = shown(monkeypatch, ["normal", "ill"], HALF, {"a": first, "b": second})
+    assert rows == [9, 3, 2] + [6, 1, 10]  # at most three mistakes, of four
+    assert texts[:3] == [["ill", "ill 60 %", "normal 95 %"], ["ill", "normal 90 %", "ill 60 %"],
+                         ["normal", "ill 80 %", "normal 70 %"]]
+    assert shown(monkeypatch, ["normal", "ill"], HALF, {"b": second})[0] == [9, 8, 10, 1, 6, 11]
+
+
+def test_without_mistakes_all_rows_are_right(monkeypatch):
+    rows, _ = shown(monkeypatch, ["normal", "ill"], HALF, {"a": both(*[0.1, 0.9] * 6)})
+    assert rows == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_patient_is_drawn_once(monkeypatch):
+    p = both(0.9, 0.8, 0.4, 0.4, 0.1, 0.2, 0.3, 0.4)  # of class 0: two mistakes, six images called correctly
+    rows, _ = shown(monkeypatch, ["normal", "ill"], [0] * 8, {"a": p}, patients=[*"AABCACCD"])
+    assert rows == [0, 5, 2, 7]
+
+
+def test_only_mistakes_are_drawn_on_request(monkeypatch, capsys):
+    p = both(*[0.6, 0.9] * 10, *[0.7, 0.2] * 10)
+    rows, _ = shown(monkeypatch, ["normal", "ill"], [0, 1] * 20, {"a": p}, only_mistakes=True)
+    assert rows == [*range(21, 40, 2), 20, 22]  # 0.2 for an ill one is surer than 0.7 for a healthy one
+    assert capsys.readouterr().out.count("\n") == 13
+    right = both(*[0.1, 0.9] * 6)
+    assert shown(monkeypatch, ["normal", "ill"], HALF, {"a": right}, only_mistakes=True) == ([], [])
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_the_target_is_the_first_finding(monkeypatch):
+    labels = [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [math.nan, 1.0]]
+    p = [[0.9, 0.3], [0.2, 0.9], [0.9, 0.9], [0.1, 0.6]]
+    rows, texts = shown(monkeypatch, ["MASS", "EDEMA"], labels, {"a": p})
+    assert rows == [1, 0, 3]
+    assert texts == [["MASS", "no MASS 80 %"], ["EDEMA", "no EDEMA 70 %"], ["EDEMA", "EDEMA 60 %"]]
+
+
+def test_each_run_has_its_own_heat(few_phantoms):
+    """The heat is that of the true class, on the run's own images; a contour is drawn where an opacity is."""
+    sizes = {"a": 128, "b": 160}
+    for seed, (name, size) in enumerate(sizes.items()):
+        fit("--out", name, "--size", str(size), "--seed", str(seed))
+    rows = tiles(plots.cams([*sizes]))
+    for column, (name, size) in enumerate(sizes.items(), 1):
+        test, model = data.load("phantoms", size, ("test",)).test, models.load_checkpoint(name)[0]
+        for row in rows:
+            grey, heat = (image.get_array() for image in row[column].images)
+            i = next(j for j, image in enumerate(test.images) if (image[0].numpy() == grey).all())
+            target = test.labels[i].item()
+            assert row[0].get_xlabel() == ["NORMAL", "PNEUMONIA"][target] and len(row[0].collections) == target
+            x = data.prepare(test.images[i : i + 1], torch.device("cpu"))
+            assert np.allclose(heat, models.grad_cam(model, x, target)[0], atol=1e-4)
+            assert np.allclose(row[column].images[1].get_alpha(), 0.6 * heat)
+            p = evaluate.predict(model, models.from_images(test.images[i : i + 1], torch.device("cpu")), 1, "cpu").softmax(1)[0]
+            assert row[column].get_xlabel().endswith(f" {100 * p.max():.0f} %")
+    assert {row[0].get_xlabel() for row in rows} == {"NORMAL", "PNEUMONIA"}
+
+
+def test_a_run_with_coarse_maps_counts_for_nothing(few_phantoms, monkeypatch, capsys):
+    fit("--out", "fine", "--size", "128")
+    fit("--out", "coarse", "--size", "48", "--seed", "1")
+    said = []
+    for out, runs in (("one.png", ["fine"]), ("two.png", ["fine", "coarse"]), ("none.png", ["coarse"])):
+        capsys.readouterr()
+        type_in(monkeypatch, "cams", out, *runs)
+        said.append(capsys.readouterr().out.splitlines())
+    assert "coarse" in said[1][0] and said[1][1:] == said[0] and said[2][0] == said[1][0] and len(said[2]) == 2
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes() and not Path("none.png").exists()
+
+
+def test_runs_on_other_images_are_not_mixed(few_phantoms, monkeypatch):
+    fit("--out", "a", "--size", "128")
+    with monkeypatch.context() as fewer:
+        fewer.setitem(data.PHANTOMS, "test", (14, 13))
+        fit("--out", "b", "--size", "128")
+    real = plots.load
+    monkeypatch.setattr(plots, "load", lambda folder: (
+        data.PHANTOMS.update(test=(14 + 2 * (folder == "a"), 13)), real(folder))[1])
+    with pytest.raises(data.UserError, match="different test images"):
+        plots.cams(["a", "b"])
+
+
+# ---- ROC curves
+
+
+def write_predictions(folder, labels, logits, classes=("normal", "ill"), split=None):
+    Path(folder).mkdir()
+    p = torch.tensor(logits, dtype=torch.float64).softmax(1).tolist()
+    more = [] if split is None else ["split"]
+    rows = [[f"{i}.png", f"p{i}", k, *values, *([split[i]] if split else [])]
+            for i, (k, values) in enumerate(zip(labels, p, strict=True))]
+    evaluate.write_csv(Path(folder, "predictions.csv"), ["image", "patient", "label", *classes, *more], rows)
+
+
+def test_the_legend_holds_the_auc_with_ties():
+    """Above 37 the probability in float64 is 1: the order of such images must not be lost."""
+    labels, margins = [0, 1, 0, 1, 1, 0, 1], [0.5, 0.5, -1.0, 40.0, 45.0, 42.0, -1.0]
+    write_predictions("a", labels, [[0.0, m] for m in margins])
+    pairs = [(p > n) + (p == n) / 2 for p, k in zip(margins, labels, strict=True) if k == 1
+             for n, j in zip(margins, labels, strict=True) if j == 0]
+    ax = plots.roc(["a"]).axes[0]
+    assert ax.lines[0].get_label() == f"a, AUC {100 * np.mean(pairs):.1f} %"
+    logits = torch.tensor([[0.0, m] for m in margins])
+    assert evaluate.metrics(logits, torch.tensor(labels), ["normal", "ill"])["auc"] == pytest.approx(np.mean(pairs))
+    curve = ax.lines[0].get_xydata().tolist()
+    assert curve == [pytest.approx(point) for point in (
+        (0, 0), (0, 1 / 4), (1 / 3, 1 / 4), (1 / 3, 1 / 2), (2 / 3, 3 / 4), (1, 1))]
+
+
+def test_reliability_bins_are_those_by_hand():
+    shares = [0.01, 0.05, 0.64, 0.68, 0.9, 0.95, 1.0]  # in bins 0, 0, 9, 10, 13, 14, 14
+    write_predictions("a", [0, 1, 0, 1, 1, 1, 0], [[math.log(max(1 - p, 1e-320)), math.log(p)] for p in shares])
+    points = plots.roc(["a"]).axes[1].lines[0].get_xydata()
+    assert np.allclose(points, [[0.03, 0.5], [0.64, 0], [0.68, 1], [0.9, 1], [0.975, 0.5]])
+
+
+def test_validation_rows_do_not_count():
+    logits = [[0.0, m] for m in (-1.0, 1.0, 2.0, -2.0)]
+    write_predictions("a", [0, 1, 0, 1], logits, split=["test", "test", "validation", "validation"])
+    assert plots.roc(["a"]).axes[0].lines[0].get_label() == "a, AUC 100.0 %"
+
+
+def test_roc_refuses_in_one_line(monkeypatch):
+    Path("empty").mkdir()
+    write_predictions("three", [0, 1, 2], [[0.0, 1.0, 2.0]] * 3, classes="xyz")
+    for folder, told in (("empty", "Run evaluate.py"), ("three", "two classes")):
+        with pytest.raises(SystemExit, match=told) as end:
+            type_in(monkeypatch, "roc", "roc.svg", folder)
+        assert folder in end.value.code and "\n" not in end.value.code and not Path("roc.svg").exists()
 
 
 # ---- the command line
 
 
-@pytest.mark.parametrize("words", [["table", "absent.json", "x.svg"], ["curves", "x.svg", "absent"]])
+@pytest.mark.parametrize("words", [["table", "absent.json", "x.svg"], ["curves", "x.svg", "absent"],
+                                   ["mistakes", "x.svg", "absent"], ["roc", "x.svg", "absent"]])
 def test_a_file_that_is_not_there_is_named_in_one_line(monkeypatch, words):
     with pytest.raises(SystemExit) as end:
         type_in(monkeypatch, *words)
     assert "absent" in end.value.code and "\n" not in end.value.code and not Path("x.svg").exists()
 
 
-@pytest.mark.parametrize("words", [[], ["table", "one.json"], ["curves", "x.svg"], ["plot", "one.json", "x.svg"]])
-def test_a_command_that_lacks_something_shows_the_three_there_are(monkeypatch, words):
-    with pytest.raises(SystemExit, match="plots.py table .*\n.*plots.py curves .*\n.*plots.py labels"):
+@pytest.mark.parametrize("words", [[], ["table", "one.json"], ["curves", "x.svg"], ["cams", "x.png"], ["roc"],
+                                   ["plot", "one.json", "x.svg"]])
+def test_an_incomplete_command_shows_all_six(monkeypatch, words):
+    with pytest.raises(SystemExit, match="(?s)table .*curves .*labels .*cams .*mistakes .*roc "):
         type_in(monkeypatch, *words)

@@ -1,5 +1,6 @@
-"""Counts against closed forms and published figures; the whole report once, on a miniature."""
+"""Test counts against closed forms and published figures, what is timed, and the whole report on a miniature."""
 
+import inspect
 import json
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ class Tiny(nn.Module):
         return (self.fc(x), self.aux1(x)) if self.training else self.fc(x)
 
 
-def test_the_cost_of_a_tiny_network_is_its_closed_form():
+def test_costs_of_a_tiny_network():
     model = Tiny().train()
     c = profile_gpu.cost(model, 16)
     assert c["parameters"] == (3 * 5 * 9 + 5) + 10 + (5 * 2 + 2)
@@ -47,8 +48,8 @@ def test_the_cost_of_a_tiny_network_is_its_closed_form():
     ("resnet18", 224, 11_689_512, 1.814, 21),
     ("resnet34", 224, 21_797_672, 3.664, 37),
     ("inception_v3", 299, 23_834_568, 5.713, 95),
-])  # fmt: skip
-def test_counts_agree_with_torchvisions_published_ones(arch, size, parameters, giga, depth):
+])
+def test_costs_equal_published_ones(arch, size, parameters, giga, depth):
     with torch.device("meta"):
         model = models.bare_network(arch, aux=True)
     c = profile_gpu.cost(model, size)
@@ -57,7 +58,7 @@ def test_counts_agree_with_torchvisions_published_ones(arch, size, parameters, g
 
 
 @pytest.mark.parametrize("steps", [1, 12])
-def test_a_timed_epoch_takes_the_steps_that_its_seconds_are_divided_by(monkeypatch, steps):
+def test_a_timed_epoch_has_args_steps_batches(monkeypatch, steps):
     sizes = []
     monkeypatch.setattr(train, "train_one_epoch", lambda model, batches, *args, **kwargs:
                         sizes.extend(len(y) for _, y, _ in batches))
@@ -67,7 +68,7 @@ def test_a_timed_epoch_takes_the_steps_that_its_seconds_are_divided_by(monkeypat
     assert sizes == [2] * steps
 
 
-def test_calls_are_timed_interleaved_and_the_warm_up_is_not_counted():
+def test_interleaved_leaves_out_the_warm_up():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
     times = profile_gpu.interleaved(calls, CPU, rounds=2)
@@ -78,7 +79,7 @@ def test_calls_are_timed_interleaved_and_the_warm_up_is_not_counted():
 SMALL = ["--size", "32", "--batch-size", "4", "--many", "4", "--steps", "1", "--rounds", "1", "--device", "cpu"]
 
 
-def test_the_report_of_two_small_networks_holds_every_figure_that_a_cpu_can_measure(monkeypatch, capsys):
+def test_a_report_of_two_networks(monkeypatch, capsys):
     monkeypatch.setitem(profile_gpu.PAPER["resnet18"], "GB allocated", 1.5)
     profile_gpu.main(["resnet18", "squeezenet1_1", *SMALL, "--json", "cost.json"])
     text = capsys.readouterr().out
@@ -90,16 +91,16 @@ def test_the_report_of_two_small_networks_holds_every_figure_that_a_cpu_can_meas
     for row in (*training.values(), *inference.values()):
         assert row["images/s"] > 0 and row["GB allocated"] is None
     assert all(row["median ms"] > 0 for row in inference.values())
-    assert list(steps) == ["a bare loop", "b baseline", "c teacher's table", "d teacher asked live"]
+    assert list(steps) == ["a bare loop", "b baseline", "c precomputed logits", "d teacher at every step"]
     for row in steps.values():
         assert row["ratio to a"] == pytest.approx(row["seconds"] / steps["a bare loop"]["seconds"])
-    for wanted in ("\nd teacher asked live ", "21 (19)", "11.69 (14.79)", "n/a"):
+    for wanted in ("\nd teacher at every step ", "21 (19)", "11.69 (14.79)", "n/a"):
         assert wanted in text, wanted
     assert text.count("n/a (1.5)") == 1  # the paper's gigabytes are those of training, not of inference
 
 
 @pytest.mark.parametrize("arch, role", [("inception_v3", "teacher"), ("squeezenet1_1", "student")])
-def test_hours_are_those_of_the_epochs_that_the_networks_own_role_has(monkeypatch, arch, role):
+def test_hours_follow_from_the_epochs_of_the_role(monkeypatch, arch, role):
     monkeypatch.setattr(train, "RECIPES", {"pneumonia": {"teacher": {"epochs": 3}, "student": {"epochs": 500}}})
     monkeypatch.setattr(profile_gpu, "make_epoch", lambda *args: [lambda: None])
     row = profile_gpu.training(arch, 32, SimpleNamespace(batch_size=2, steps=5, rounds=1), CPU)
@@ -107,41 +108,108 @@ def test_hours_are_those_of_the_epochs_that_the_networks_own_role_has(monkeypatc
     assert row["hours"] == pytest.approx(row["epochs"] * 5216 / row["images/s"] / 3600)
 
 
-def test_the_epochs_of_the_hours_are_those_of_the_recipes_own_networks():
+def test_the_recipe_of_the_hours_has_these_networks():
     assert train.RECIPES["pneumonia"]["teacher"]["arch"] == "inception_v3"
     assert train.RECIPES["pneumonia"]["student"]["arch"] == "alexnet"
 
 
-def test_the_live_teacher_is_asked_about_every_image_once_an_epoch_and_the_others_never(monkeypatch):
-    asked = []
-    real = train.teacher_logits
-    monkeypatch.setattr(train, "teacher_logits", lambda model, x: asked.append(len(x)) or real(model, x))
-    args = SimpleNamespace(batch_size=4, steps=3, rounds=1)
-    profile_gpu.distillation({"resnet18": 64, "squeezenet1_1": 32}, args, CPU)
-    assert asked == [4] * 3 * 2  # a warm-up and a round
+@pytest.fixture
+def timed(monkeypatch):
+    """The calls that a function of profile_gpu would time, by name. They are kept instead of being timed."""
+    calls = {}
+
+    def interleaved(its_calls, device, rounds):
+        calls.update(its_calls)
+        return {name: [1.0] for name in its_calls}
+
+    monkeypatch.setattr(profile_gpu, "interleaved", interleaved)
+    return calls
 
 
-def test_figures_have_four_digits_and_the_papers_stand_in_brackets(capsys):
+ARGS = SimpleNamespace(batch_size=4, steps=3, rounds=1, many=130)
+PAIR = {"resnet18": 64, "squeezenet1_1": 32}
+
+
+def test_a_teacher_at_every_step_is_run_in_eval_mode(monkeypatch, timed):
+    """The other three ways never run it."""
+    runs, real = [], train.teacher_logits
+
+    def teacher_logits(model, x):
+        runs.append((len(x), x.shape[-1], model.training))
+        return real(model, x)
+
+    monkeypatch.setattr(train, "teacher_logits", teacher_logits)
+    profile_gpu.distillation(PAIR, ARGS, CPU)
+    for name, call in timed.items():
+        runs.clear()
+        call()
+        assert runs == ([(4, 64, False)] * 3 if name == "d teacher at every step" else []), name
+
+
+def test_the_bare_loop_takes_the_steps_of_training(monkeypatch, timed):
+    """It zeroes the gradients before every backward pass, as train.train_one_epoch does."""
+    done = []
+    for owner, name in ((torch.optim.SGD, "zero_grad"), (torch.Tensor, "backward"), (torch.optim.SGD, "step")):
+        real = getattr(owner, name)
+
+        def call(*args, name=name, real=real, **options):
+            done.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+    profile_gpu.distillation(PAIR, ARGS, CPU)
+    for name in ("a bare loop", "b baseline"):
+        done.clear()
+        timed[name]()
+        assert done == ["zero_grad", "backward", "step"] * 3, name
+
+
+@pytest.mark.parametrize("arch, weight", [("googlenet", 0.3), ("squeezenet1_1", 0.0)])
+def test_a_timed_epoch_has_the_weight_of_auxiliary_heads(monkeypatch, arch, weight):
+    signature, calls = inspect.signature(train.train_one_epoch), []
+    monkeypatch.setattr(train, "train_one_epoch", lambda *args, **options: calls.append((args, options)))
+    *_, epoch = profile_gpu.make_epoch(arch, 64, SimpleNamespace(batch_size=2, steps=1), CPU)
+    epoch()
+    [(args, options)] = calls
+    assert signature.bind(*args, **options).arguments.get("aux_weight", 0.0) == weight
+
+
+def test_many_images_are_one_batch_in_inference(monkeypatch, timed):
+    batches, real = [], profile_gpu.from_images
+
+    def from_images(*args):
+        source = real(*args)
+        return lambda rows, affines=None: (batches.append(len(rows)), source(rows, affines))[1]
+
+    monkeypatch.setattr(profile_gpu, "from_images", from_images)
+    profile_gpu.inference("squeezenet1_1", 32, ARGS, CPU)
+    for name, n in (("one", 1), ("many", 130)):
+        batches.clear()
+        timed[name]()
+        assert batches == [n], name
+
+
+def test_figures_have_four_digits(capsys):
     rows = {"alexnet": {"GB allocated": 1.0, "hours": None, "depth": 8, "images/s": 12345.6}}
     profile_gpu.show("training", rows, profile_gpu.PAPER)
     assert capsys.readouterr().out.split("\n")[2].split() == "alexnet 1.000 (1.89) n/a (0.1) 8 (8) 12,346".split()
 
 
 @pytest.mark.parametrize("wrong", ["alexnet", "no_such_network"])
-def test_a_network_or_a_size_that_does_not_exist_is_refused_before_anything_is_timed(monkeypatch, wrong):
+def test_unknown_networks_and_sizes_are_refused_first(monkeypatch, wrong):
     monkeypatch.setattr(profile_gpu, "interleaved", lambda *args: pytest.fail("timed"))
     with pytest.raises(UserError, match=wrong):
         profile_gpu.main(["squeezenet1_1", wrong, *SMALL])
 
 
 @pytest.mark.parametrize("flag, value", [("--rounds", "-1"), ("--steps", "0"), ("--many", "0"), ("--batch-size", "1")])
-def test_a_number_that_is_too_small_is_refused_with_the_least_ones(flag, value, capsys):
+def test_too_small_numbers_are_refused(flag, value, capsys):
     with pytest.raises(SystemExit) as end:
         profile_gpu.main(["alexnet", flag, value])
     assert end.value.code == 2 and "start at 1, --batch-size at 2" in capsys.readouterr().err
 
 
-# ---- a GPU's use, without one
+# ---- GPU use, tested without a GPU
 
 
 def event(seconds, annotation=False):
@@ -150,7 +218,7 @@ def event(seconds, annotation=False):
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """A profiler that has seen three kernels, and an annotation around two of them."""
+    """A profiler that has recorded three kernels, and an annotation around two of them."""
     events = [event(0.25), event(0.5), event(2.0), event(0.75, annotation=True)]
 
     @contextmanager
@@ -160,15 +228,15 @@ def fake_gpu(monkeypatch):
 
     monkeypatch.setattr(torch.profiler, "profile", profile)
     for name, value in (("reset_peak_memory_stats", None), ("synchronize", None),
-                        ("max_memory_allocated", 3e9)):  # fmt: skip
+                        ("max_memory_allocated", 3e9)):
         monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
 
 
-def test_an_annotation_spans_kernels_and_is_not_counted_beside_them(fake_gpu):
+def test_annotations_are_not_counted_as_kernels(fake_gpu):
     calls = []
     used = profile_gpu.gpu_usage(lambda: calls.append(1), torch.device("cuda"))
     assert used == (3.0, pytest.approx(2.75)) and calls == [1]
 
 
-def test_without_a_gpu_its_use_is_not_known_and_nothing_is_called():
+def test_gpu_usage_is_unknown_without_a_gpu():
     assert profile_gpu.gpu_usage(lambda: pytest.fail("called"), CPU) == (None, None)

@@ -1,4 +1,4 @@
-"""The READMEs: their commands run in their order and print what they show; their figures are computed."""
+"""The pages: their commands are parsed and run in their order, and their figures are those of files or of code."""
 
 import contextlib
 import glob
@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,12 @@ ROOT = Path(train.__file__).parent
 README, RESULTS, ALL = (
     (ROOT / path).read_text() for path in ("README.md", "results/README.md", "results/all.sh")
 )
+PAGES = {"README": README, "results": RESULTS}
 MAINS = {"train.py": train.main, "evaluate.py": evaluate.main, "data.py": data.main,
-         "profile_gpu.py": profile_gpu.main}  # fmt: skip
-# Commands that this suite cannot run within itself: their words are only echoed. `set -f`: globs as typed.
-ECHO = "set -f; python() { printf '%q ' python \"$@\"; echo; }\n"
+         "profile_gpu.py": profile_gpu.main}
+# Commands that this suite cannot run in its own process are only echoed. `set -f` keeps globs as they are typed.
+ECHO = "set -f; echoed() { printf '%q ' \"$@\"; echo; }\n" + "".join(
+    f"{name}() {{ echoed {name} \"$@\"; }}\n" for name in ("python", "make", "torchrun"))
 
 
 def blocks(page, *languages):
@@ -38,8 +41,16 @@ def blocks(page, *languages):
     return [text for language, text in fences if language in languages]
 
 
+def one_line(page):
+    return re.sub(r"\s+", " ", page.replace("\xa0", " "))  # a figure does not break before its deviation
+
+
+def results(name):
+    return json.loads((ROOT / f"results/{name}.json").read_text())
+
+
 def commands(page):
-    """Every command of a page, its variables unfolded by the shell, and of each loop the first turn."""
+    """Yield every command of a page, with variables expanded by the shell, and the first turn of each loop."""
     for block in [page] if page.startswith("#!") else blocks(page, "bash", "sh"):
         block = re.sub(r"for (\w) in (\S+)[^;\n]*;", r"for \1 in \2;", block)
         block = re.sub(r"python3 -m venv.*?requirements.txt|pip install.*", "", block.replace("\\\n", " "))
@@ -50,17 +61,18 @@ def commands(page):
 
 @pytest.fixture
 def miniatures(tmp_path, monkeypatch, few_phantoms, kermany, mura, nih, chexpert):
-    """All that the pages speak of, tiny: folders of images, ImageNet weights, recipes of one epoch; and one
-    small network under every name, for what is tried here is the commands."""
+    """Make everything that the pages use, but tiny: folders of images, ImageNet weights, and recipes of one epoch.
+    One small network has every name, because the commands are tested here and not the networks."""
     (tmp_path / "data").mkdir()
     kermany.rename(tmp_path / "data/chest_xray")
     for name in ("images", "data/draw-0"):
         shutil.copytree(tmp_path / "data/chest_xray", tmp_path / name)
-    image_file(tmp_path / "image.jpeg")
+    for name in ("image.jpeg", "image.png", "new-images/1.png", "new-images/2.png"):
+        image_file(tmp_path / name)
     squeezenet = models.bare_network
     monkeypatch.setattr(models, "bare_network", lambda arch, aux: squeezenet("squeezenet1_1", aux))
     state = squeezenet("squeezenet1_1", False).state_dict()
-    monkeypatch.setattr(models, "imagenet_weights", lambda arch: {"model": dict(state), "sha256": "ImageNet"})
+    monkeypatch.setattr(models, "imagenet_weights", lambda arch: {"model": dict(state)})
     monkeypatch.setattr(data, "download", lambda folder: print(f"to {folder}"))
     for name, roles in train.RECIPES.items():
         tiny = {"size": 32, "epochs": 3 if name == "demo" else 1, "batch_size": 8, "lr": 0.01,
@@ -69,10 +81,10 @@ def miniatures(tmp_path, monkeypatch, few_phantoms, kermany, mura, nih, chexpert
 
 
 def run(words):
-    """Run one command in this process; what it prints."""
+    """Run one command in this process and return what it prints."""
     script, words = words[1], [re.sub(r"(-10-seed)\d$", r"\g<1>0", word) for word in words[2:]]  # one was trained
     for flag, tiny in (("--epochs", "1"), ("--size", "32"), ("--steps-per-epoch", "1"),
-                       ("--val-fraction", "0.1")):  # fmt: skip
+                       ("--val-fraction", "0.1")):
         if flag in words:
             words[words.index(flag) + 1] = tiny
     if script == "profile_gpu.py":
@@ -84,16 +96,20 @@ def run(words):
 
 
 def shape(text):
-    """The lines of a text without its digits, widths and names of networks."""
-    text = re.sub(r"inception_v3|alexnet", "NETWORK", text).replace("  best\n", "\n")
+    """Return the lines of a text without its digits, widths and names of networks."""
+    text = re.sub(r"inception_v3|alexnet|shufflenet_v2_x0_5", "NETWORK", text)
     text = re.sub(r"[+-]?\d+(\.\d+)?", "0", text)
     return [re.sub(r"[-\s]+", " ", line).strip() for line in text.splitlines() if line.strip()]
 
 
 def typed(page):
-    """Run the commands of a page in their order; yields what each prints."""
+    """Run the commands of a page in their order, and yield what each prints."""
     for words in commands(page):
-        if words[1] in MAINS:
+        if words[0] == "make":
+            assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), words
+        elif words[0] == "torchrun":
+            train.get_args(words[words.index("train.py") + 1 :])
+        elif words[1] in MAINS:
             try:
                 yield run(list(words))
             except (SystemExit, data.UserError) as error:
@@ -102,17 +118,16 @@ def typed(page):
             assert words[1] == "-m" or (ROOT / words[1]).exists(), words
 
 
-def test_every_command_of_the_readme_runs_and_the_demo_prints_what_is_shown(miniatures):
-    said = list(typed(README))
-    [shown] = [block for block in blocks(README, "") if "epoch" in block]
-    printed = shape("".join(said[:4]))
+def test_every_command_of_the_readme_runs(miniatures):
+    """The demo prints the table that is shown, and the code for the export runs."""
+    printed = shape("".join(typed(README)))
     place = 0
-    for line in shape(shown):
-        if line == "...":
-            continue
-        found = [i for i, said in enumerate(printed) if i >= place and said.startswith(line)]
-        assert found, f"the README shows a line that is not printed: {line}"
-        place = found[0] + 1
+    [table] = [block[block.index("600 test images") :] for block in blocks(README, "") if "600 test images" in block]
+    for line in shape(table):
+        if line != "...":
+            found = [i for i, said in enumerate(printed) if i >= place and said.startswith(line)]
+            assert found, f"the README shows a line that is not printed: {line}"
+            place = found[0] + 1
     [export] = [code for code in blocks(README, "python") if "torch.export" in code]
     exec(export, {})
     student = torch.export.load("student.pt2").module()
@@ -126,13 +141,13 @@ def test_every_command_of_the_results_runs(miniatures, page, n):
     assert len(list(typed(page))) >= n
 
 
-def test_a_draw_labels_ten_others_of_each_class_and_validates_on_the_same_images(tmp_path, capsys):
+def test_a_draw_labels_ten_others_per_class(tmp_path, capsys):
     for kind, pattern, n in (("NORMAL", "IM-{:04}-{}.png", 60), ("SICK", "person{}_virus_{}.png", 150)):
         for i in range(n):
             folder = tmp_path / "set" / ("train" if i % 6 > 1 else "test") / kind
             image_file(folder / pattern.format(i // 2, i), side=8)
     whole, labelled = data.load("set", 8, labels_per_class=10), []
-    for draw in (0, 1, 1):  # what is linked stays
+    for draw in (0, 1, 1):  # links stay
         draws.link("set", draw)
         said = capsys.readouterr().out
         folder, share = re.fullmatch(r"(\S+): --labels-per-class 10 --val-fraction (\S+)\n", said).groups()
@@ -146,51 +161,41 @@ def test_a_draw_labels_ten_others_of_each_class_and_validates_on_the_same_images
     assert labelled[0] == first and labelled[1] != first and labelled[2] == labelled[1]
 
 
-def test_the_output_below_the_python_of_the_readme_is_what_it_prints():
-    [code] = [code for code in blocks(README, "python") if "torch.export" not in code]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        exec(code, {})
-    assert README.split(f"{code}```\n\n")[1].startswith(f"```\n{said.getvalue()}```\n")
+# ---- figures on the pages
 
 
-def test_a_student_is_pulled_to_the_probabilities_that_the_readme_says():
-    teacher, viral, told = torch.tensor([[-1.0, 4.0, 2.5]]), torch.tensor([2]), []
+def test_python_on_the_readme_prints_what_is_shown():
+    for code in blocks(README, "python"):
+        compile(code, "README", "exec")
+        if "print(" in code:
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                exec(code, {})
+            assert README.split(f"{code}```\n\n")[1].startswith(f"```\n{said.getvalue()}```\n")
+
+
+def test_softened_probabilities_and_gradients():
+    """The README tabulates p, the gradient of KL and the gradient of T² KL, for a student with logits 0, 0, 0."""
+    teacher = torch.tensor([[-1.0, 4.0, 2.5]])
+    page = one_line(README.replace("|", " "))
+    for T in (1, 4, 20, 50):
+        student = torch.zeros(1, 3, requires_grad=True)
+        kd.kd_loss(student, teacher, T).backward()
+        size = student.grad.norm().item()
+        p = " ".join(f"{value:.2f}" for value in (teacher / T).softmax(1)[0].tolist())
+        assert f" {T} {p} {size / T**2:.5f} {size:.3f} " in page
+
+
+def test_the_target_of_a_viral_image():
+    """The README has the probabilities towards which alpha 0.9 and 0.5 pull the student, in this order."""
+    teacher, viral, targets = torch.tensor([[-1.0, 4.0, 2.5]]), torch.tensor([2]), []
     for alpha in (0.9, 0.5):
         student = torch.zeros(1, 3, requires_grad=True)
         kd.distillation_loss(student, teacher, viral, 1, alpha)[0].backward()
-        target = student.softmax(1)[0] - student.grad[0]  # the gradient is q - target
-        told.append([f"{p:.2f}" for p in target.tolist()])
-    (n, b, v), low = told
-    sentence = f"normal {n}, bacterial {b}, viral {v} at alpha 0.9, and {', '.join(low)} at alpha 0.5"
-    assert sentence in README.replace("\n", " ")
+        targets += (student.softmax(1)[0] - student.grad[0]).tolist()  # the gradient is q - target
+    assert " ".join(f"{p:.2f}" for p in targets) in " ".join(re.findall(r"\b\d\.\d\d\b", README))
 
 
-def measured(name):
-    return json.loads((ROOT / f"results/cost-{name}.json").read_text())["tables"]
-
-
-def test_the_costs_told_are_those_that_were_measured():
-    networks, training, inference = measured("networks").values()
-    for arch, n in networks.items():
-        paper = profile_gpu.PAPER[arch]
-        asked, more = inference[arch], n["auxiliary M"]
-        cells = [
-            f"{arch} at {n['size']}", f"{n['depth']} ({paper['depth']})",
-            f"{n['parameters M']:.2f}{f' + {more:.2f}' if more else ''} ({paper['parameters M']:.2f})",
-            f"{n['multiply-adds M']:,.0f} ({paper['multiply-adds M']:,})", f"{n['MB']:.0f}",
-            f"{training[arch]['images/s']:.1f}", f"{asked['median ms']:.0f}", f"{asked['images/s']:.1f}",
-        ]  # fmt: skip
-        assert "| " + " | ".join(cells) + " |" in RESULTS, cells
-    steps = measured("inception_v3-alexnet")["a step"]
-    for row, told in (("b baseline", "labels alone (baseline)"),
-                      ("c teacher's table", "distilled, from the teacher's table"),
-                      ("d teacher asked live", "distilled, the teacher asked at every step")):  # fmt: skip
-        assert f"| {told} | {steps[row]['ratio to a']:.3f} |" in RESULTS, told
-    live, table = (steps[row]["ratio to a"] for row in ("d teacher asked live", "c teacher's table"))
-    assert f"takes {live / table:.1f} times" in README
-
-
-def test_the_bars_of_the_figure_are_as_high_as_the_softened_answers():
+def test_the_bars_of_the_figure_are_softened_probabilities():
     shapes = ElementTree.parse(ROOT / "figures/distillation.svg").iter()
     bars = {shape.get("id"): float(shape.get("height")) for shape in shapes if shape.get("id", "")[:1] == "T"}
     logits = torch.tensor([-1.0, 4.0, 2.5])
@@ -199,11 +204,38 @@ def test_the_bars_of_the_figure_are_as_high_as_the_softened_answers():
         assert torch.allclose(heights / 112, (logits / T).softmax(0), atol=1e-3)
 
 
-def test_every_name_that_the_pages_point_to_exists():
+def table_rows(page):
+    for line in page.splitlines():
+        if line.startswith("| ") and line.count("|") > 2:
+            yield [cell.strip() for cell in line.strip("| ").split(" | ")]
+
+
+def test_costs_are_those_of_their_files():
+    networks, training, inference = results("cost-networks")["tables"].values()
+    for arch, n in networks.items():
+        paper, more = profile_gpu.PAPER[arch], n["auxiliary M"]
+        measured = [
+            f"{n['depth']} ({paper['depth']})",
+            f"{n['parameters M']:.2f}{f' + {more:.2f}' if more else ''} ({paper['parameters M']:.2f})",
+            f"{n['multiply-adds M']:,.0f} ({paper['multiply-adds M']:,})", f"{n['MB']:.0f}",
+            f"{training[arch]['images/s']:.1f}", f"{inference[arch]['median ms']:.0f}",
+            f"{inference[arch]['images/s']:.1f}",
+        ]
+        cells = next(cells for name, *cells in table_rows(RESULTS) if name == f"{arch} at {n['size']}")
+        assert len(cells) >= 5 and cells == [cell for cell in measured if cell in cells], arch
+    bare, *ratios = [step["ratio to a"] for step in results("cost-inception_v3-alexnet")["tables"]["a step"].values()]
+    baseline, precomputed, at_every_step = ratios
+    shown = [row[1] for row in table_rows(RESULTS)]
+    place = shown.index(f"{baseline:.3f}")
+    assert bare == 1 and shown[place : place + 3] == [f"{ratio:.3f}" for ratio in ratios]
+    assert f"{at_every_step / precomputed:.1f} times as long" in one_line(README)
+
+
+def test_names_and_links_on_the_pages_exist():
     scripts = {"kd": kd, "data": data, "models": models, "evaluate": evaluate, "train": train,
-               "profile_gpu": profile_gpu}  # fmt: skip
+               "profile_gpu": profile_gpu}
     names = re.findall(r"`(kd|data|models|evaluate|train|profile_gpu)\.(\w+)`", README + RESULTS)
-    assert len(names) >= 10
+    assert len(names) >= 3
     for script, name in names:
         assert name == "py" or hasattr(scripts[script], name), f"{script}.{name}"
     for page, folder in ((README, ROOT), (RESULTS, ROOT / "results")):
@@ -211,65 +243,87 @@ def test_every_name_that_the_pages_point_to_exists():
             assert (folder / path).exists(), path
 
 
-def test_the_lines_to_read_first_are_as_many_as_the_readme_says():
-    [whole] = re.findall(r"whole \((\d+)\s+lines\)", README)
-    [loop] = re.findall(r"in four\s+steps \((\d+)\s+lines\)", README)
-    kd, train_py = ((ROOT / name).read_text().splitlines() for name in ("kd.py", "train.py"))
-    end = next(i for i, line in enumerate(train_py) if line.startswith("# ---- what made a run"))
-    assert abs(len(kd) - int(whole)) <= 10 and abs(end - int(loop)) <= 10
+def test_lengths_of_scripts_on_the_readme():
+    for name, n in re.findall(r"^\| \[(\w+\.py)\]\(\w+\.py\) \| (\d+) \|", README, re.MULTILINE):
+        assert int(n) == pytest.approx(len((ROOT / name).read_text().splitlines()), abs=10), name
 
 
-def test_the_cells_of_the_results_are_those_that_were_measured():
+def test_cells_of_the_results_stand_in_their_files():
     """Every cell of a table that follows a link to a file of results stands in that file's tables."""
     files = "demo|findings|xrays|two-cores|labels|ten|draws|course|three-classes"
     _, *parts = re.split(rf"\]\(({files})\.json\)", RESULTS)
     assert set(parts[::2]) == set(files.split("|"))
     for name, text in zip(parts[::2], parts[1::2], strict=True):
-        kept = json.loads((ROOT / f"results/{name}.json").read_text())
-        measured = re.sub(r"\s+", " ", " ".join(kept["tables"]))
-        rows = [line.strip("| ").split(" | ") for line in text.split("\n## ")[0].splitlines() if line[:2] == "| "]
+        measured = one_line(" ".join(results(name)["tables"]))
+        rows = list(table_rows(text.split("\n## ")[0]))
         assert len(rows) > 2
-        for cell in [cell.strip("| ") for row in rows[1:] for cell in row[1:]]:
-            for part in cell.split(" / "):
-                assert re.sub(r" \[.*| ± .*", "", part) in measured, (name, cell)
+        for cell in chain.from_iterable(row[1:] for row in rows[1:]):
+            for part in cell.strip("| ").split(" / "):
+                # A bracket of two figures is an interval. Figures in parentheses are the paper's.
+                assert re.sub(r" \[.*| ± .*| \(.*", "", part) in measured, (name, cell)
 
 
-def test_the_figures_of_the_first_screen_are_those_of_the_results():
-    printed = " ".join(json.loads((ROOT / "results/demo.json").read_text())["tables"])
-    screen = README.split("## ")[0].replace("\xa0", " ")  # a figure does not break before its deviation
-    rows = [line for line in screen.splitlines() if line.startswith("|") and "±" in line]
-    figures = [re.findall(r"[\d.]+ ± [\d.]+", row) for row in rows]  # AUC, accuracy, ECE in one printed row
-    assert [len(row) for row in figures] == [3] * 4
-    for auc, accuracy, ece in figures:
-        assert re.search(r"\s+".join(map(re.escape, (auc, accuracy))) + r"[^\n[]* " + re.escape(ece), printed)
-    demo = json.loads((ROOT / "results/demo.json").read_text())
-    gains = {gain["title"]: gain["figures"]["accuracy"] for gain in demo["gains"]}
-    for name, told in (("student-T1", "the student is {} points more accurate"),
-                       ("student-of-itself", "the same 20 labels brings {} points")):  # fmt: skip
-        gain = f"{100 * gains[name]['mean']:.1f} ± {100 * gains[name]['sd']:.1f}"
-        assert told.format(gain) in screen.replace("\n", " ")
-    for alpha, weight in ((0.9, "at alpha 0.9 leaves labels a weight of 0.3 %"), (0.5, "1.6 % at 0.5")):
-        assert weight in README.replace("\n", " ") and f"{100 * (1 - alpha) * 20 / 640:.1f}" in weight
-    few = json.loads((ROOT / "results/draws.json").read_text())["runs"]
-    for name, told in (("alone", "{} alone"), ("taught", "{} with the logits of a teacher"),
-                       ("self", "{} with those of a network that has read the same 20")):  # fmt: skip
-        aucs = torch.tensor([100 * few[f"runs/draws/{name}-{draw}"]["test"]["auc"] for draw in range(5)])
-        assert told.format(f"{aucs.mean():.1f} ± {aucs.std():.1f}") in screen.replace("\n", " ")
+def over_runs(result, metric, run, minus=None, n=5):
+    """Return a metric of the runs run0, run1, ... in percent, or its difference to that of other runs: (n,)."""
+    runs = results(result)["runs"]
+
+    def values(name):
+        return torch.tensor([100 * runs[f"runs/{name}{i}"]["test"][metric] for i in range(n)], dtype=torch.float64)
+
+    return values(run) - values(minus) if minus else values(run)
 
 
-@pytest.mark.parametrize("result, metric, student, baseline", [
+def plus_minus(values):
+    return f"{values.mean():.1f} ± {values.std():.1f}"
+
+
+GAINS = [
     ("demo", "accuracy", "demo/student-T1-seed", "demo/baseline-seed"),
     ("draws", "auc", "draws/taught-", "draws/alone-"),
     ("draws", "auc", "draws/self-", "draws/alone-"),
     ("draws", "accuracy", "draws/taught-", "draws/alone-"),
     ("draws", "accuracy", "draws/self-", "draws/alone-"),
-])  # fmt: skip
-def test_the_gains_over_five_runs_follow_from_the_results(result, metric, student, baseline):
-    runs = json.loads((ROOT / f"results/{result}.json").read_text())["runs"]
-    gains = [runs[f"runs/{student}{i}"]["test"][metric] - runs[f"runs/{baseline}{i}"]["test"][metric]
-             for i in range(5)]  # fmt: skip
-    gains = 100 * torch.tensor(gains, dtype=torch.float64)
-    half = 2.776 * gains.std() / 5**0.5  # Student's t, 97.5 %, four degrees of freedom
-    page = " ".join(RESULTS.split())
-    assert f"{gains.mean():.1f} ± {gains.std():.1f}" in page
-    assert f"[{gains.mean() - half:.1f}, {gains.mean() + half:.1f}]" in page
+    ("xrays", "auc", "xrays/inception-head-seed", "xrays/inception-seed"),
+]
+
+
+def measured_spreads():
+    """Yield every mean and standard deviation in the files of results, as "m ± s"."""
+    for path in sorted(ROOT.glob("results/*.json")):
+        content = json.loads(path.read_text())
+        yield from re.findall(r"\d[\d.]* ± [\d.]+", " ".join(content.get("tables", [])))
+        for row in content.get("rows", []) + content.get("gains", []):
+            for figure in row["figures"].values():
+                if figure["sd"] is not None:
+                    yield f"{abs(100 * figure['mean']):.1f} ± {100 * figure['sd']:.1f}"
+    yield from (plus_minus(over_runs(*gain)) for gain in GAINS)
+    yield from (plus_minus(over_runs("draws", "auc", f"draws/{way}-")) for way in ("alone", "taught", "self"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_spread_on_a_page_is_measured(page):
+    """The sign of a difference is free, because a text may turn it round: "falls by 3.2 ± 1.9"."""
+    found = re.findall(r"\d+\.\d+ ± \d+\.\d+", one_line(PAGES[page]))
+    assert len(found) >= 10
+    unknown = set(found) - set(measured_spreads())
+    assert not unknown
+
+
+def test_rows_of_the_first_table_are_rows_of_the_demo():
+    """All figures of a row, such as AUC and accuracy, belong to one row of demo.json."""
+    rows = [re.findall(r"[\d.]+ ± [\d.]+", line) for line in README.split("\n## ")[0].replace("\xa0", " ").splitlines()
+            if line.startswith("|") and "±" in line]
+    measured = [{f"{100 * figure['mean']:.1f} ± {100 * figure['sd']:.1f}" for figure in row["figures"].values()
+                 if figure["sd"] is not None} for row in results("demo")["rows"]]
+    assert len(rows) == 4
+    for row in rows:
+        assert len(row) >= 2 and any(set(row) <= figures for figures in measured), row
+
+
+@pytest.mark.parametrize("gain", GAINS, ids="-".join)
+def test_gains_over_five_runs_and_their_intervals(gain):
+    values = over_runs(*gain)
+    half = 2.776 * values.std() / 5**0.5  # Student's t, 97.5 %, four degrees of freedom
+    page = one_line(RESULTS)
+    assert plus_minus(values) in page
+    assert f"[{values.mean() - half:.1f}, {values.mean() + half:.1f}]" in page

@@ -1,5 +1,5 @@
-"""The other systems to reproduce, each only a recipe, a network and a checkpoint for the same loop:
-fine-tuning or fixed features, normal, reversed and defective teachers, several teachers."""
+"""The other systems to reproduce, each of which is a recipe, a network and a checkpoint for the same loop:
+fine-tuning or fixed features; normal, reversed and defective teachers; several teachers."""
 
 import csv
 import json
@@ -19,14 +19,14 @@ import train
 # ---- SE-ResNets
 
 
-def test_se_resnets_have_the_published_number_of_parameters():
+def test_se_resnets_have_the_published_size():
     for arch, published in (("seresnet50", 28_088_024), ("seresnet101", 49_326_872)):
         with torch.device("meta"):
             model = models.bare_network(arch, aux=False)
         assert sum(p.numel() for p in model.parameters()) == published
 
 
-def test_a_resnets_weights_load_into_an_se_resnet_whose_new_parts_stay_random():
+def test_an_se_resnet_starts_from_a_resnet():
     resnet = models.bare_network("resnet50", aux=False).state_dict()
     torch.save(resnet, "resnet50.pth")
     model = models.build("seresnet50", 2, 32, "resnet50.pth")
@@ -36,7 +36,7 @@ def test_a_resnets_weights_load_into_an_se_resnet_whose_new_parts_stay_random():
     assert not model.facts["body_loaded"]  # so that it is not frozen
 
 
-def test_squeeze_and_excitation_weighs_channels_by_a_number_between_0_and_1_made_from_their_means():
+def test_squeeze_and_excitation_against_its_formula():
     block = models.SEBottleneck(16, 4).eval()
     x = torch.randn(2, 16, 5, 5)
     y = block.bn3(block.conv3(block.relu(block.bn2(block.conv2(block.relu(block.bn1(block.conv1(x))))))))
@@ -48,7 +48,7 @@ def test_squeeze_and_excitation_weighs_channels_by_a_number_between_0_and_1_made
 # ---- MURA
 
 
-def test_muras_body_parts_are_classes_and_its_patients_stay_whole(mura):
+def test_mura_has_a_class_per_body_part(mura):
     loaded = data.load(mura, 16, ("train", "val", "test"), val_fraction=0.25)
     assert loaded.classes == ["ELBOW", "FINGER", "FOREARM", "HAND", "HUMERUS", "SHOULDER", "WRIST"]
     assert len(loaded.train.labels) + len(loaded.val.labels) == 56 and len(loaded.test.labels) == 7
@@ -59,7 +59,7 @@ def test_muras_body_parts_are_classes_and_its_patients_stay_whole(mura):
         assert f"XR_{loaded.classes[label]}/" in id
 
 
-def test_a_resnet_teaches_an_se_resnet_as_well_as_the_other_way_round(mura, capsys):
+def test_normal_and_reversed_distillation(mura, capsys):
     flags = ["--recipe", "mura", "--weights", "none", "--size", "32", "--epochs", "1", "--data", str(mura),
              "--val-fraction", "0.25", "--batch-size", "8", "--steps-per-epoch", "1", "--per-class", "4"]
     pairs = ("resnet18", "seresnet50"), ("seresnet50", "resnet18")
@@ -67,9 +67,9 @@ def test_a_resnet_teaches_an_se_resnet_as_well_as_the_other_way_round(mura, caps
         fit("--arch", arch, "--out", f"teacher-{arch}", small=flags)
     for teacher, student in pairs:
         fit("--arch", student, "--teacher", f"teacher-{teacher}", "--out", student, role="student", small=flags)
-        assert f"taught by teacher-{teacher}: {teacher}, epoch 1" in capsys.readouterr().out
+        assert f"teacher teacher-{teacher}: {teacher}, epoch 1" in capsys.readouterr().out
         _, facts = models.load_run(student)
-        assert facts["arch"] == student and facts["taught_by"] == [teacher]
+        assert facts["arch"] == student and facts["config"]["taught_by"] == [teacher]
 
 
 # ---- teachers that were stopped
@@ -79,7 +79,7 @@ STOPPED = ["--stop-at", "0.57", "--epochs", "8", "--steps-per-epoch", "1", "--ou
 
 
 def train_stopped(monkeypatch):
-    """Validation says .5 after the first epoch and .02 more after every other."""
+    """Train a run whose validation accuracy is 0.5 after the first epoch, and 0.02 more after each further one."""
     real, said = train.metrics, []
 
     def judged(*args):
@@ -91,36 +91,34 @@ def train_stopped(monkeypatch):
         run(*STOPPED)
 
 
-def test_a_defective_teacher_ends_after_the_first_epoch_that_validates_better_than_the_threshold(
-    few_phantoms, monkeypatch, capsys
-):
+def test_a_defective_teacher_stops_above_its_threshold(few_phantoms, monkeypatch, capsys):
     train_stopped(monkeypatch)
     rows = list(csv.DictReader(open("stopped/history.csv")))
     assert [float(row["val_accuracy"]) for row in rows] == pytest.approx([0.5, 0.52, 0.54, 0.56, 0.58])
     _, facts = models.load_run("stopped")
-    assert facts["epoch"] == 5 and facts["args"]["stop_at"] == 0.57
+    assert facts["epoch"] == 5 and facts["config"]["stop_at"] == 0.57
     run(*STOPPED)
     assert capsys.readouterr().out.endswith("stopped is finished, epoch 5: python evaluate.py stopped\n")
     run("--teacher", "stopped", "--out", "student", role="student")
-    assert "taught by stopped: tiny, stopped at 0.57, epoch 5, " in capsys.readouterr().out
-    assert models.load_run("student")[1]["taught_by"] == ["tiny, stopped at 0.57"]
+    assert "teacher stopped: tiny, stopped at 0.57, epoch 5, " in capsys.readouterr().out
+    assert models.load_run("student")[1]["config"]["taught_by"] == ["tiny, stopped at 0.57"]
 
 
-def test_a_run_that_never_reached_the_threshold_is_no_defective_teacher(few_phantoms, capsys):
+def test_a_run_below_its_threshold_is_not_defective(few_phantoms, capsys):
     run("--stop-at", "0.999", "--out", "whole", "--lr", "1e-9")
     run("--teacher", "whole/best.pt", "whole", "--out", "student", role="student")  # a file or its folder
     said = capsys.readouterr().out
-    assert "taught by whole/best.pt: tiny, epoch" in said and "taught by whole: tiny, epoch" in said
-    assert models.load_run("student")[1]["taught_by"] == ["tiny"] * 2
+    assert "teacher whole/best.pt: tiny, epoch" in said and "teacher whole: tiny, epoch" in said
+    assert models.load_run("student")[1]["config"]["taught_by"] == ["tiny"] * 2
 
 
-def test_a_threshold_of_zero_is_passed_by_the_first_epoch(few_phantoms):
+def test_a_threshold_of_zero_stops_after_one_epoch(few_phantoms):
     run("--stop-at", "0", "--out", "stopped", "--epochs", "3")
     assert len(Path("stopped/history.csv").read_text().splitlines()) == 1 + 1
-    assert models.state_of("stopped", models.load_run("stopped")[1]) == ", stopped at 0"
+    assert models.state_of(models.load_run("stopped")[1]) == ", stopped at 0"
 
 
-def test_the_grid_has_a_row_a_teacher_and_a_column_a_student(few_phantoms, monkeypatch, capsys):
+def test_the_grid_has_one_row_per_teacher(few_phantoms, monkeypatch, capsys):
     run("--out", "t")
     train_stopped(monkeypatch)
     runs = ["t"]
@@ -139,7 +137,7 @@ def test_the_grid_has_a_row_a_teacher_and_a_column_a_student(few_phantoms, monke
     assert rows[0] == ["train / val / test accuracy", "tiny"]
     assert [row[0] for row in rows[1:]] == [
         "no teacher", "no teacher, label smoothing 0.1", "tiny", "tiny, stopped at 0.57"
-    ]  # fmt: skip
+    ]
     tests = [json.loads(Path(f"taught{seed}/metrics.json").read_text())["test"] for seed in (0, 1)]
     mean = 50 * sum(test["accuracy"] for test in tests)
     assert rows[3][1].split(" / ")[2].startswith(f"{mean:.1f} ± ")
@@ -148,11 +146,11 @@ def test_the_grid_has_a_row_a_teacher_and_a_column_a_student(few_phantoms, monke
 # ---- fine-tuning or fixed features
 
 
-def test_fine_tuning_moves_every_layer_and_a_fixed_extractor_its_head_alone(kermany):
+def test_finetune_all_and_head_train_these_layers(kermany):
     torch.manual_seed(3)
     models.save_checkpoint("w.pt", models.build("googlenet", 2, 64))
     flags = ["--recipe", "course", "--arch", "googlenet", "--weights", "w.pt", "--data", str(kermany),
-             "--size", "64", "--epochs", "1", "--per-class", "10"]  # fmt: skip
+             "--size", "64", "--epochs", "1", "--per-class", "10"]
     fit("--out", "all", role="baseline", small=flags)
     fit("--finetune", "head", "--out", "head", role="baseline", small=flags)
     before, tuned, fixed = (models.load_checkpoint(path)[0].state_dict() for path in ("w.pt", "all", "head"))
@@ -161,7 +159,7 @@ def test_fine_tuning_moves_every_layer_and_a_fixed_extractor_its_head_alone(kerm
     assert [name for name in weights if not torch.equal(before[name], fixed[name])] == ["fc.weight"]
 
 
-def test_the_recipes_parts_are_those_of_the_documents():
+def test_recipes_follow_their_documents():
     course = train.get_args(["--role", "teacher", "--recipe", "course", "--data", "x"])
     assert (course.per_class * (1 - course.val_fraction), course.weights) == (800, "imagenet")
     mura = train.get_args(["--role", "student", "--recipe", "mura", "--data", "x"])

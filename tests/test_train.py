@@ -1,8 +1,8 @@
-"""What training must do, and what must never be true of it: the loop, distillation, freezing, resuming."""
+"""Training: batches, the loop, distillation, frozen networks, resuming and the command line."""
 
 import csv
-import hashlib
 import importlib
+import inspect
 import math
 import os
 import re
@@ -57,12 +57,15 @@ def some(rows, labels=Y, logits=None, x=X):
     return x[rows], labels[rows], None if logits is None else logits[rows]
 
 
-def paired(inputs=X, labels=Y, teachers=(), seed=0, **flags):
-    """The batches that `paired_batches` makes of tensors or Tables."""
-    args = types.SimpleNamespace(**{"augment": False, "batch_size": 8, "steps_per_epoch": None, "T": 1.0,
-                                    "device": "cpu", "no_amp": False, **flags})  # fmt: skip
-    inputs, *teachers = (t if isinstance(t, train.Table) else train.Table(t) for t in (inputs, *teachers))
-    return list(train.paired_batches(inputs, labels, teachers, args, torch.Generator().manual_seed(seed)))
+def paired(inputs=X, labels=Y, teacher=None, seed=0, batch_size=8, **options):
+    """Return the batches of `paired_batches`. inputs, teacher: sources, tensors or uint8 images."""
+    def source(x):
+        if x is None or callable(x):
+            return x
+        return (models.from_images if x.dtype == torch.uint8 else models.from_tensor)(x, CPU)
+
+    generator = torch.Generator().manual_seed(seed)
+    return list(train.paired_batches(source(inputs), labels, source(teacher), batch_size, generator, **options))
 
 
 def vector(model):
@@ -70,55 +73,67 @@ def vector(model):
 
 
 def weights_after(model=None, logits=None, seed=0, labels=Y, **options):
-    """Train a small network for one epoch; returns its weights as one vector."""
+    """Train a small network for one epoch and return its weights as one vector."""
     torch.manual_seed(seed)
     model = model or perceptron()
-    batches = paired(labels=labels, teachers=[] if logits is None else [logits], seed=seed)
+    batches = paired(labels=labels, teacher=logits, seed=seed)
     train.train_one_epoch(model, batches, sgd(model), **options)
     return vector(model)
+
+
+def watch_epochs(monkeypatch):
+    """Return a list that grows by one entry per epoch: the arguments of train_one_epoch, with the batches as a list,
+    the learning rate, and the weights after the epoch."""
+    epochs, real = [], train.train_one_epoch
+
+    def watched(*args, **options):
+        call = inspect.signature(real).bind(*args, **options)
+        call.apply_defaults()
+        call.arguments["batches"] = list(call.arguments["batches"])
+        epochs.append(types.SimpleNamespace(**call.arguments))
+        epochs[-1].lr = [group["lr"] for group in epochs[-1].optimizer.param_groups]
+        row = real(*call.args, **call.kwargs)
+        epochs[-1].state = {name: value.clone() for name, value in epochs[-1].model.state_dict().items()}
+        return row
+
+    monkeypatch.setattr(train, "train_one_epoch", watched)
+    return epochs
+
+
+def images_of(epoch):
+    return [tuple(image.flatten().tolist()) for x, _, _ in epoch.batches for image in x]
 
 
 # ---- batches
 
 
-def test_image_label_and_every_teachers_logits_of_a_batch_are_of_the_same_rows():
-    number = torch.arange(50.0)
-    images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1)  # of one pixel, which tells its row
-    first, second = torch.stack([number, -number], 1), torch.stack([number / 2, number], 1)
-    for x, y, teacher_logits in paired(number[:, None], torch.arange(50), [first]):
-        assert torch.equal(x[:, 0], y.float()) and torch.equal(teacher_logits, first[y])
-    for x, y, teacher_logits in paired(images, torch.arange(50), [first, second], T=20.0):
-        assert torch.equal(x, data.prepare(images[y], CPU))
-        mean = ((first[y] / 20).softmax(1) + (second[y] / 20).softmax(1)) / 2
-        assert torch.allclose((teacher_logits / 20).softmax(1), mean, atol=1e-6)
-    assert paired()[0][2] is None  # without a teacher there are no logits to learn from
+def test_a_batch_holds_the_same_rows_of_all_three():
+    images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1)  # one pixel, the number of the row
+    logits = torch.stack([torch.arange(50.0), -torch.arange(50.0)], 1)
+    for x, y, teacher_logits in paired(images, torch.arange(50), logits):
+        assert torch.equal(x, data.prepare(images[y], CPU)) and torch.equal(teacher_logits, logits[y])
+    assert paired()[0][2] is None  # without a teacher
 
 
-def test_a_table_with_a_network_holds_what_the_network_makes_of_the_very_rows_asked_for():
+def test_a_source_with_a_network_returns_its_outputs_for_these_rows():
     images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1)
-    table = train.Table(images, lambda x: 2 * x.flatten(1))
-    assert torch.equal(table.rows(torch.tensor([7, 3]), CPU), 2 * data.prepare(images[[7, 3]], CPU).flatten(1))
+    source, rows = models.from_images(images, CPU, lambda x: 2 * x.flatten(1)), torch.tensor([7, 3])
+    assert torch.equal(source(rows), 2 * data.prepare(images[rows], CPU).flatten(1))
 
 
-def test_every_image_is_seen_once_an_epoch_in_another_order_each_epoch():
+def test_a_pass_holds_every_image_once_in_the_order_of_its_seed():
     first, again, second = (torch.cat([y for _, y, _ in paired(labels=torch.arange(32), seed=seed)])
-                            for seed in (0, 0, 1))  # fmt: skip
+                            for seed in (0, 0, 1))
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(32))
     assert torch.equal(first, again) and not torch.equal(first, second)
 
 
-def test_a_run_sees_every_image_in_every_epoch_and_in_another_order(few_phantoms, monkeypatch):
-    epochs, real = [], train.train_one_epoch
-
-    def watched(model, batches, *args, **options):
-        batches = list(batches)
-        epochs.append([tuple(image.flatten().tolist()) for x, _, _ in batches for image in x])
-        return real(model, batches, *args, **options)
-
-    monkeypatch.setattr(train, "train_one_epoch", watched)
+def test_every_epoch_of_a_run_holds_every_image_in_another_order(few_phantoms, monkeypatch):
+    epochs = watch_epochs(monkeypatch)
     run("--epochs", "3")
-    assert len(set(epochs[0])) == 24 and {tuple(sorted(seen)) for seen in epochs} == {tuple(sorted(epochs[0]))}
-    assert len(set(map(tuple, epochs))) == 3
+    orders = [tuple(images_of(epoch)) for epoch in epochs]
+    assert len({*orders[0]}) == 24 and len({*orders}) == 3
+    assert {tuple(sorted(order)) for order in orders} == {tuple(sorted(orders[0]))}
 
 
 def test_a_last_batch_of_one_joins_the_one_before_it():
@@ -126,16 +141,16 @@ def test_a_last_batch_of_one_joins_the_one_before_it():
     assert [len(y) for _, y, _ in paired(labels=Y[:10], batch_size=4)] == [4, 4, 2]
 
 
-def test_an_epoch_of_so_many_steps_is_less_than_one_pass_or_several_in_different_orders():
-    assert [len(y) for _, y, _ in paired(steps_per_epoch=3)] == [8, 8, 8]
-    assert [len(y) for _, y, _ in paired(X[:1], Y[:1], steps_per_epoch=3)] == [1, 1, 1]
-    rows = torch.cat([y for _, y, _ in paired(labels=torch.arange(32), steps_per_epoch=10)])
+def test_steps_are_less_than_one_pass_or_several_in_different_orders():
+    assert [len(y) for _, y, _ in paired(steps=3)] == [8, 8, 8]
+    assert [len(y) for _, y, _ in paired(X[:1], Y[:1], steps=3)] == [1, 1, 1]
+    rows = torch.cat([y for _, y, _ in paired(labels=torch.arange(32), steps=10)])
     first, second, half = rows.split(32)
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(32)) and len(half) == 16
     assert not torch.equal(first, second) and not torch.equal(first[:16], half)
 
 
-def test_each_of_several_processes_takes_an_equal_share_of_a_batch_and_none_takes_anothers(monkeypatch):
+def test_processes_take_equal_and_disjoint_shares_of_a_batch(monkeypatch):
     shares = []
     for rank in (0, 1):
         monkeypatch.setattr(train, "processes", lambda rank=rank: (rank, 2))
@@ -143,6 +158,33 @@ def test_each_of_several_processes_takes_an_equal_share_of_a_batch_and_none_take
     for mine, others in zip(*shares, strict=True):
         assert len(mine) == len(others) >= 2 and not mine & others
     assert len(set().union(*shares[0], *shares[1])) == 32 - 4  # of batches of 9, 9, 9 and 5 one image each
+
+
+def transforms(rows, affines):
+    """A source that returns the transforms instead of images."""
+    return affines
+
+
+def test_every_batch_moves_each_image_anew(monkeypatch):
+    """20 images, batches of at most 32, so that an epoch of 5 steps is 5 passes. Two processes take their shares
+    of the same transforms."""
+    def batches(rank=0, world=1):
+        monkeypatch.setattr(train, "processes", lambda: (rank, world))
+        return paired(transforms, torch.arange(20), transforms, batch_size=32, steps=5, augment=True)
+
+    whole, *shares = batches(), batches(0, 2), batches(1, 2)
+    assert len({tuple(affine.flatten().tolist()) for x, _, _ in whole for affine in x}) == 5 * 20
+    for (x, y, seen_by_teacher), *parts in zip(whole, *shares, strict=True):
+        assert torch.equal(x, seen_by_teacher) and sorted(y.tolist()) == list(range(20))
+        for rank, (share, rows, _) in enumerate(parts):
+            assert torch.equal(share, x[rank::2]) and torch.equal(rows, y[rank::2])
+
+
+def test_augmented_runs_move_each_image_anew_in_every_batch(few_phantoms, monkeypatch):
+    epochs = watch_epochs(monkeypatch)
+    run("--augment", "--batch-size", "32", "--steps-per-epoch", "3")
+    images = sum(map(images_of, epochs), [])
+    assert len(images) == len({*images}) == 2 * 3 * 24  # epochs, batches, images
 
 
 def slopes(side, directions):
@@ -153,11 +195,11 @@ def slopes(side, directions):
     return (128 + 90 * climb).round().to(torch.uint8)[:, None]
 
 
-def test_a_moved_image_is_moved_for_the_teacher_as_for_the_student_also_at_twice_the_size():
+def test_an_image_is_moved_alike_at_twice_the_size():
     angles = torch.arange(24) * 0.26
     directions = torch.stack([angles.cos(), angles.sin()], 1)
     small, large = slopes(32, directions), slopes(64, directions)
-    batches = paired(small, torch.arange(24), [train.Table(large, lambda x: x)], augment=True)
+    batches = paired(small, torch.arange(24), large, augment=True)
     moved = []
     for x, y, seen_by_teacher in batches:
         halved = F.avg_pool2d(seen_by_teacher, 2)
@@ -186,7 +228,7 @@ def by_hand(z, labels, logits, T, alpha, smoothing=0.0):
 
 @BOTH
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_one_step_moves_the_head_and_the_auxiliary_heads_as_the_update_written_out_by_hand(labels, smoothing):
+def test_one_step_is_the_update_written_out_by_hand(labels, smoothing):
     """Temperature and label smoothing reach the auxiliary heads too."""
     model, T, alpha, lr = WithAux(), 3.0, 0.7, 0.1
     main, aux, x = model.main.weight.detach().clone(), model.aux.weight.detach().clone(), X.flatten(1)
@@ -196,7 +238,7 @@ def test_one_step_moves_the_head_and_the_auxiliary_heads_as_the_update_written_o
         assert torch.allclose(after, before - lr * gradient, atol=1e-6)
 
 
-def test_weight_decay_pulls_every_weight_towards_zero_by_the_closed_form_of_one_step():
+def test_a_step_with_weight_decay_has_its_closed_form():
     x, lr, decay = X.flatten(1), 0.1, 0.5
     for name in ("sgd", "adam"):
         args = train.get_args(["--role", "teacher", "--optimizer", name, "--lr", str(lr), "--weight-decay", str(decay)])
@@ -218,20 +260,20 @@ def test_training_moves_the_student_and_leaves_the_teacher_alone():
     assert all(torch.equal(v, frozen[k]) for k, v in teacher.state_dict().items())
 
 
-def test_the_model_trains_in_training_mode_also_after_it_was_evaluated():
+def test_a_model_in_eval_mode_is_trained_in_training_mode():
     model = perceptron().eval()
     average = model[2].running_mean.clone()
     train.train_one_epoch(model, [(X, Y, None)], sgd(model))
     assert model.training and not torch.equal(average, model[2].running_mean)
 
 
-def test_without_a_teacher_or_with_alpha_zero_the_weights_are_those_of_the_baseline_to_the_bit():
+def test_alpha_zero_is_training_without_a_teacher_to_the_bit():
     alone = weights_after()
     assert torch.equal(alone, weights_after(logits=LOGITS, alpha=0.0))
     assert not torch.equal(alone, weights_after(logits=LOGITS, alpha=0.5))
 
 
-def test_alpha_one_heeds_no_label_not_even_through_an_auxiliary_head():
+def test_alpha_one_uses_no_label():
     def trained(labels, alpha):
         torch.manual_seed(0)
         return weights_after(WithAux(), LOGITS, labels=labels, alpha=alpha, aux_weight=0.4)
@@ -240,12 +282,12 @@ def test_alpha_one_heeds_no_label_not_even_through_an_auxiliary_head():
     assert not torch.equal(trained(Y, 0.9), trained(1 - Y, 0.9))
 
 
-def test_permuting_the_rows_of_the_teachers_table_changes_what_is_learned():
+def test_permuted_teacher_logits_change_the_weights():
     shuffled = LOGITS[torch.randperm(32)]
     assert not torch.equal(weights_after(logits=LOGITS), weights_after(logits=shuffled))
 
 
-def test_the_losses_of_an_epoch_are_means_over_images_also_with_a_short_last_batch_and_auxiliary_heads():
+def test_losses_are_means_over_images_whatever_the_batches():
     model, T, alpha = WithAux(), 2.0, 0.3
     batches = [some(slice(0, 24), Y, LOGITS), some(slice(24, 32), Y, LOGITS)]
     row = train.train_one_epoch(model, batches, sgd(model, 0.0), T, alpha, aux_weight=0.4)
@@ -258,16 +300,18 @@ def test_the_losses_of_an_epoch_are_means_over_images_also_with_a_short_last_bat
     assert row["train_accuracy"] == pytest.approx((logits.argmax(1) == Y).float().mean().item())
 
 
-def test_the_sums_that_grow_during_an_epoch_begin_with_the_loss_and_end_with_the_number_of_images():
-    sums, seen = torch.zeros(6), []
-    model = torch.nn.Linear(16, 2)
+def test_the_progress_line_gets_running_sums_of_loss_and_images(monkeypatch):
+    seen = []
 
-    def batches():
-        for rows in (slice(0, 24), slice(24, 32)):
-            yield some(rows, x=X.flatten(1))
+    def watched(batches, title, n_steps, sums):
+        assert (title, n_steps) == ("epoch 1/2", 2)
+        for batch in batches:
+            yield batch
             seen.append(sums.clone())
 
-    row = train.train_one_epoch(model, batches(), sgd(model, 0.0), sums=sums)
+    monkeypatch.setattr(train, "progress", watched)
+    model, batches = torch.nn.Linear(16, 2), [some(rows, x=X.flatten(1)) for rows in (slice(0, 24), slice(24, 32))]
+    row = train.train_one_epoch(model, batches, sgd(model, 0.0), title="epoch 1/2", n_steps=2)
     assert [s[-1] for s in seen] == [24, 32]
     assert (seen[1][0] / 32).item() == pytest.approx(row["loss"]) and 0 < seen[0][0] < seen[1][0]
 
@@ -295,7 +339,7 @@ def test_an_image_without_a_label_is_counted_and_adds_no_label_loss(labels):
     models_, rows = (WithAux(), WithAux()), []
     models_[1].load_state_dict(models_[0].state_dict())
     for model, batch, lr in ((models_[0], some(slice(0, 32), without(labels, slice(8, 32))), 0.4),
-                             (models_[1], some(slice(0, 8), labels), 0.1)):  # fmt: skip
+                             (models_[1], some(slice(0, 8), labels), 0.1)):
         rows.append(train.train_one_epoch(model, [batch], sgd(model, lr), aux_weight=0.4))
     assert torch.allclose(*map(vector, models_), atol=1e-6)
     for name in ("loss", "hard"):
@@ -316,7 +360,7 @@ def test_images_without_a_label_move_everything_through_the_teacher(labels):
 
 
 @BOTH
-def test_a_batch_without_any_label_has_a_label_loss_of_zero_and_moves_only_through_the_teacher(labels):
+def test_an_unlabelled_batch_has_label_loss_0_and_trains_only_through_the_teacher(labels):
     for logits in (None, LOGITS):
         model = WithAux()
         before = vector(model)
@@ -327,7 +371,7 @@ def test_a_batch_without_any_label_has_a_label_loss_of_zero_and_moves_only_throu
         assert vector(model).isfinite().all() and (row["loss"] > 0) == (logits is not None)
 
 
-def test_training_accuracy_is_over_the_images_with_a_label_and_not_told_where_they_are_under_half():
+def test_training_accuracy_is_over_labelled_images_if_they_are_half_or_more():
     identity = torch.nn.Linear(2, 2, bias=False)
     identity.weight.data = torch.eye(2)
     says_1 = torch.tensor([[0.0, 1.0]]).repeat(8, 1)
@@ -345,7 +389,7 @@ def test_training_accuracy_is_over_the_images_with_a_label_and_not_told_where_th
     assert math.isnan(row["train_accuracy"])
 
 
-def test_hidden_labels_may_be_right_or_wrong_without_a_bit_of_the_weights_changing(few_phantoms, monkeypatch):
+def test_hidden_labels_change_no_bit_of_the_weights(few_phantoms, monkeypatch):
     run("--out", "teacher")
     flags = ["--teacher", "teacher", "--labels-per-class", "3", "--alpha", "0.5", "--epochs", "1"]
     run(*flags, "--out", "right", role="student")
@@ -364,19 +408,13 @@ def test_hidden_labels_may_be_right_or_wrong_without_a_bit_of_the_weights_changi
     assert alike("right", "hidden ones wrong") and not alike("right", "all wrong")
 
 
-def test_a_student_at_alpha_zero_is_the_baseline_to_the_bit_also_with_hidden_and_wrong_labels(
+def test_a_student_at_alpha_zero_is_the_baseline_to_the_bit(
     few_phantoms, last_is_best, monkeypatch
 ):
-    """The demo's setting; images without a label, whom nobody speaks for then, are in no batch."""
+    """Labels are hidden and wrong, as in the demo. Unlabelled images, from which nothing would be learned then, are
+    in no batch."""
     run("--out", "teacher", "--size", "48")
-    labels, real = [], train.train_one_epoch
-
-    def watched(model, batches, *args, **options):
-        batches = list(batches)
-        labels.append(torch.cat([y for _, y, _ in batches]))
-        return real(model, batches, *args, **options)
-
-    monkeypatch.setattr(train, "train_one_epoch", watched)
+    epochs = watch_epochs(monkeypatch)
     flags = ["--labels-per-class", "4", "--wrong-labels", "0.2"]
     run(*flags, "--out", "baseline", role="baseline")
     for alpha in ("0", "0.5"):
@@ -385,6 +423,7 @@ def test_a_student_at_alpha_zero_is_the_baseline_to_the_bit_also_with_hidden_and
     for alone, taught in zip(history("baseline"), history("0"), strict=True):
         different = {name for name in alone if alone[name] != taught[name]}
         assert different <= {"seconds", "soft"}  # soft is watched, and moves nothing
+    labels = [torch.cat([y for _, y, _ in epoch.batches]) for epoch in epochs]
     assert all(len(y) == 3 * 8 and (y >= 0).all() for y in labels[:4])  # 8 images in each of 3 passes
     assert all((y < 0).sum() == 24 - 8 for y in labels[4:])
 
@@ -409,7 +448,7 @@ def facts_of(out):
 
 
 def state_of(out):
-    return models.state_of(out, facts_of(out))
+    return models.state_of(facts_of(out))
 
 
 def alike(*outs):
@@ -455,7 +494,7 @@ def validates(figures, monkeypatch):
     monkeypatch.setattr(train, "validate", validate)
 
 
-def test_the_first_three_commands_leave_three_runs_where_the_readme_says(few_phantoms, monkeypatch):
+def test_the_first_three_commands_leave_three_runs(few_phantoms, monkeypatch):
     for role in ("teacher", "baseline", "student"):
         small = {**train.RECIPES["demo"][role], "arch": "tiny", "size": 32, "epochs": 1}
         monkeypatch.setitem(train.RECIPES["demo"], role, small)
@@ -463,9 +502,9 @@ def test_the_first_three_commands_leave_three_runs_where_the_readme_says(few_pha
     train.main(["--role", "baseline"])
     train.main(["--role", "student", "--T", "1"])
     for name in ("teacher", "baseline", "student-T1"):
-        assert {p.name for p in Path("runs/demo", name).iterdir()} == {"best.pt", "last.pt", "history.csv"}
+        assert {p.name for p in Path("runs/demo", name).iterdir()} == {"best.pt", "history.csv"}
     facts = facts_of("runs/demo/student-T1")
-    assert facts["args"]["teacher"] == ["runs/demo/teacher"] and facts["classes"] == ["NORMAL", "PNEUMONIA"]
+    assert facts["config"]["teacher"] == ["runs/demo/teacher"] and facts["classes"] == ["NORMAL", "PNEUMONIA"]
 
 
 def test_a_run_is_named_by_its_role_network_temperature_and_seed():
@@ -482,17 +521,17 @@ def test_every_flag_overrides_a_recipe_and_a_recipe_is_chosen_by_the_data():
                          (["--role", "student", "--epochs", "3", "--weights", "x"], ("demo", 3, 0.2, "x")),
                          (["--role", "baseline", "--data", "x"], ("pneumonia", 20, 0.0, "imagenet")),
                          (["--role", "teacher", "--recipe", "findings"], ("findings", 10, 0.0, "none")),
-                         (["--role", "teacher", "--data", "findings"], ("findings", 10, 0.0, "none"))):  # fmt: skip
+                         (["--role", "teacher", "--data", "findings"], ("findings", 10, 0.0, "none"))):
         args = train.get_args(argv)
         assert args.recipe not in ("demo", "findings") or args.data == {"demo": "phantoms"}.get(args.recipe, "findings")
         assert (args.recipe, args.epochs, args.wrong_labels, args.weights) == wanted
 
 
-def test_an_own_network_trains_by_the_name_it_has_in_networks_and_an_unknown_name_is_one_line(
+def test_a_network_of_ones_own_is_trained_by_its_name_in_networks(
     few_phantoms, monkeypatch
 ):
     monkeypatch.setitem(models.NETWORKS, "mine", lambda: torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 1000)))  # fmt: skip
+        torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 1000)))
     run("--arch", "mine", "--out", "run")
     model, facts = models.load_run("run")
     assert facts["arch"] == "mine" and model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
@@ -500,7 +539,7 @@ def test_an_own_network_trains_by_the_name_it_has_in_networks_and_an_unknown_nam
         data.cli(lambda: run("--arch", "myne", "--out", "other"))
 
 
-def test_the_best_epoch_on_validation_is_kept_and_history_tells_it(few_phantoms):
+def test_the_best_epoch_is_kept(few_phantoms):
     run("--epochs", "4", "--lr-step", "2", "--lr-gamma", "0.1", "--out", "run")
     rows = history("run")
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
@@ -514,38 +553,87 @@ def test_the_best_epoch_on_validation_is_kept_and_history_tells_it(few_phantoms)
     assert loss.item() == pytest.approx(best["val_loss"], rel=1e-4)
 
 
+def test_every_epoch_has_the_learning_rate_of_its_history(few_phantoms, monkeypatch):
+    epochs = watch_epochs(monkeypatch)
+    run("--epochs", "4", "--lr-step", "2", "--lr-gamma", "0.1", "--out", "run")
+    assert [epoch.lr for epoch in epochs] == [[row["lr"]] for row in history("run")]
+    assert len({row["lr"] for row in history("run")}) == 2
+
+
+def test_each_flag_of_the_loss_reaches_the_loop(few_phantoms, monkeypatch):
+    """Each value differs from every default."""
+    epochs = watch_epochs(monkeypatch)
+    monkeypatch.setitem(models.AUX_WEIGHT, "tiny", 0.3)
+    run("--out", "teacher", "--epochs", "1")
+    run("--T", "3", "--alpha", "0.25", "--label-smoothing", "0.125", "--clip", "0.5", "--precision", "bfloat16",
+        "--epochs", "1", "--teacher", "teacher", role="student")
+    teacher, student = epochs
+    names = ("T", "alpha", "label_smoothing", "clip", "aux_weight", "amp", "n_steps")
+    assert [getattr(student, name) for name in names] == [3, 0.25, 0.125, 0.5, 0.3, True, 3]
+    assert teacher.amp is False
+
+
+def test_label_smoothing_changes_the_training_loss_alone(few_phantoms):
+    """At learning rate 0 both runs have the same weights in every epoch."""
+    for smoothing in ("0", "0.5"):
+        run("--lr", "0", "--label-smoothing", smoothing, "--out", smoothing, role="baseline")
+    for plain, smoothed in zip(history("0"), history("0.5"), strict=True):
+        assert plain["val_loss"] == smoothed["val_loss"] and plain["loss"] != smoothed["loss"]
+
+
+def test_the_epoch_line_tells_the_figures_of_the_history(few_phantoms, capsys):
+    run("--epochs", "4", "--lr", "0.1", "--out", "run")
+    found = re.findall(r"epoch +(\d)/4 .*acc (\S+) spec (\S+) sens (\S+) ", capsys.readouterr().out)
+    rows = history("run")
+    names = ("val_accuracy", "val_specificity", "val_sensitivity")
+    assert found == [(f"{row['epoch']:.0f}", *(f"{100 * row[name]:.1f}" for name in names)) for row in rows]
+    assert any(row["val_specificity"] != row["val_sensitivity"] for row in rows)
+
+
+@pytest.mark.parametrize("wrong", ["0", "0.5"])
+def test_the_first_lines_count_labels_and_wrong_ones_among_them(few_phantoms, capsys, wrong):
+    run("--out", "teacher", "--epochs", "1")
+    capsys.readouterr()
+    run("--labels-per-class", "10", "--wrong-labels", wrong, "--teacher", "teacher", "--epochs", "1", role="student")
+    found = re.search(r"24 training images, (\d+) labelled(?: \((\d+) of them wrong\))?; 12 val", capsys.readouterr().out)
+    shown = data.load("phantoms", 32, ["train"]).train.labels
+    given, hidden = (data.load("phantoms", 32, ["train"], labels_per_class=n, wrong_labels=float(wrong)).train.labels
+                     for n in (None, 10))
+    n_wrong = int(((hidden != shown) & (hidden >= 0)).sum())
+    assert found.groups() == ("20", str(n_wrong) if n_wrong else None)
+    assert wrong == "0" or 0 < n_wrong < (given != shown).sum()  # some of the hidden labels are wrong too
+
+
+def test_an_image_counts_as_labelled_if_any_of_its_findings_is_known():
+    nan, model = math.nan, perceptron()
+    split = types.SimpleNamespace(labels=torch.tensor([[nan, 0.0], [nan, nan], [1.0, 0.0]]), ids=["a", "b", "c"])
+    images = types.SimpleNamespace(train=split, val=split, n_wrong=0)
+    assert "3 training images, 2 labelled; 3 val" in train.describe_run(student(), model, model, images, 0)
+
+
 @pytest.mark.parametrize("source, figures, best", [
     ("phantoms", [(0.5, 0.9, 0.70), (0.6, 0.5, 0.80), (0.6, 0.5, 0.75), (0.6, 0.9, 0.78)], 3),  # a tie: the loss
     ("phantoms", [(0.6, 0.5, 0.70), (0.6, 0.5, 0.70), (0.5, 0.9, 0.10), (0.6, 0.5, 0.70)], 1),  # all the same: the first
     ("findings", [(0.5, 0.6, 0.70), (0.5, 0.7, 0.80), (0.9, 0.7, 0.75), (0.9, 0.5, 0.10)], 3),  # by AUC, not accuracy
     ("findings", [(0.5, math.nan, 0.70), (0.5, math.nan, 0.50), (0.9, math.nan, 0.60)], 2),  # no AUC: the loss
     ("findings", [(0.5, math.nan, 0.10), (0.5, 0.40, 0.50), (0.5, math.nan, 0.10)], 2),  # a bad AUC before none
-])  # fmt: skip
-def test_accuracy_or_auc_chooses_the_best_epoch_and_the_loss_decides_ties_and_where_there_is_no_auc(
+])
+def test_accuracy_or_auc_chooses_the_best_epoch_and_the_loss_decides_ties(
     few_phantoms, monkeypatch, source, figures, best
 ):
     """best.pt, which is written at the end, holds the weights after that epoch, not those after the last."""
-    states, real = [], train.train_one_epoch
-
-    def watched(model, *args, **options):
-        row = real(model, *args, **options)
-        states.append({name: value.clone() for name, value in model.state_dict().items()})
-        return row
-
-    monkeypatch.setattr(train, "train_one_epoch", watched)
+    epochs = watch_epochs(monkeypatch)
     validates(figures, monkeypatch)
     run("--data", source, "--epochs", str(len(figures)), "--steps-per-epoch", "1", "--out", "run")
     assert facts_of("run")["epoch"] == best
-    assert [alike("run", state) for state in states] == [n + 1 == best for n in range(len(states))]
+    assert [alike("run", epoch.state) for epoch in epochs] == [n + 1 == best for n in range(len(epochs))]
 
 
-def test_a_run_goes_on_without_a_bit_of_difference_wherever_a_kill_fell_between_its_files(
-    few_phantoms, last_is_best, always_saved, monkeypatch
-):
-    """Each epoch writes best.pt, last.pt and history.csv, in this order."""
+def test_a_kill_between_two_files_costs_no_bit(few_phantoms, last_is_best, always_saved, monkeypatch):
+    """Each epoch writes best.pt and history.csv, in this order."""
     run("--out", "whole")
     real_checkpoint, real_csv = models.save_checkpoint, train.write_csv
-    for n in range(1, 7):
+    for n in range(1, 5):
         writes = []
 
         def killed(real, path, *args, n=n, writes=writes, **facts):
@@ -558,31 +646,57 @@ def test_a_run_goes_on_without_a_bit_of_difference_wherever_a_kill_fell_between_
             patch.setattr(models, "save_checkpoint", lambda *a, real=real_checkpoint, f=killed, **k: f(real, *a, **k))
             patch.setattr(train, "write_csv", lambda *a, real=real_csv, f=killed, **k: f(real, *a, **k))
             run("--out", f"cut{n}")
-        assert writes == (["best.pt", "last.pt", "history.csv"] * 2)[:n]
-        assert n == 1 or state_of(f"cut{n}") == f", epoch {(n - 1) // 3} of 2"
+        assert writes == (["best.pt", "history.csv"] * 2)[:n]
+        assert n == 1 or bool(state_of(f"cut{n}")) == (n < 4)  # the fourth kill falls after the last best.pt
         run("--out", f"cut{n}")
         assert state_of(f"cut{n}") == "" and alike("whole", f"cut{n}")
         assert without_seconds(f"cut{n}") == without_seconds("whole")
 
 
-def test_a_run_without_its_history_is_not_taken_for_finished_until_its_command_is_repeated(few_phantoms):
+def test_a_checkpoint_alone_knows_whether_its_run_has_ended(few_phantoms, always_saved, monkeypatch, capsys):
+    """history.csv may be missing, or copied from another run."""
+    run("--out", "whole")
+    dies_in_epoch(2, monkeypatch, "--out", "cut")
+    for out, ends in (("whole", True), ("cut", False)):
+        ours, path = history(out), Path(out, "history.csv")
+        for change in (path.unlink, lambda path=path: path.write_text("epoch\n1\n2\n3\n"), lambda: None):
+            change()
+            assert (state_of(out) == "") == ends
+        capsys.readouterr()
+        run("--out", out)
+        assert history(out)[:len(ours)] == ours and state_of(out) == ""
+        assert ("resuming after epoch 1" in capsys.readouterr().out) != ends
+    assert without_seconds("cut") == without_seconds("whole")
+
+
+def test_resuming_under_another_commit_is_told_in_one_line(few_phantoms, always_saved, monkeypatch, capsys):
+    def commit(name):
+        monkeypatch.setattr(train, "origin", lambda device: {**evaluate.origin(device), "commit": name})
+
+    commit("old-commit")
+    dies_in_epoch(2, monkeypatch, "--out", "run", "--epochs", "3")
+    dies_in_epoch(2, monkeypatch, "--out", "run", "--epochs", "3")  # resumed, by the same commit
+    assert "commit" not in capsys.readouterr().out
+    for name, lines in (("new-commit", 1), ("newer-commit", 0)):  # a finished run is not resumed
+        commit(name)
+        run("--out", "run", "--epochs", "3")
+        told = [line for line in capsys.readouterr().out.splitlines() if "commit" in line]
+        assert len(told) == lines and all("old-commit" in line and name in line for line in told)
+
+
+def test_an_old_checkpoint_is_refused_with_what_to_do(few_phantoms):
     run("--out", "run")
-    whole = history("run")
-    assert state_of("run") == ""
-    Path("run/history.csv").unlink()
-    assert state_of("run") == ", epoch 0 of 2"
-    run("--out", "run")
-    assert state_of("run") == "" and history("run") == whole
+    content = torch.load("run/best.pt", weights_only=True)
+    facts = content["facts"]
+    facts["args"], facts["made"] = facts.pop("config"), {}  # as format 4 had them
+    torch.save({**content, "format": 4, "facts": facts}, "run/best.pt")
+    before = Path("run/best.pt").read_bytes()
+    with pytest.raises(SystemExit, match="^error: run/best.pt has format 4, [^\n]*Delete it and train it again[^\n]*$"):
+        data.cli(lambda: run("--out", "run"))
+    assert Path("run/best.pt").read_bytes() == before
 
 
-def test_a_run_whose_best_weights_are_gone_does_not_go_on(few_phantoms):
-    run("--out", "run")
-    Path("run/best.pt").unlink()
-    with pytest.raises(data.UserError, match="run/last.pt is there and best.pt is not: delete it to train anew"):
-        run("--out", "run")
-
-
-def test_figures_of_an_earlier_best_epoch_are_removed_when_a_better_one_is_saved_and_only_then(
+def test_a_better_epoch_removes_the_figures_of_an_earlier_one(
     few_phantoms, always_saved, monkeypatch
 ):
     validates([(0.5, 0.5, 0.7), (0.9, 0.9, 0.1), (0.5, 0.5, 0.7)], monkeypatch)
@@ -622,14 +736,14 @@ def test_weights_order_and_dropout_never_share_a_random_stream(few_phantoms, mon
     assert len(seeds) == len({*seeds, 0, 1}) - 2 == 2 * 3 * 2  # runs, epochs, uses; weights begin with 0 and 1
     assert len({torch.rand(1, generator=torch.Generator().manual_seed(seed)).item() for seed in seeds}) == 12
     uses = [(seed, epoch, use, *rank) for seed in (0, 1) for epoch in (1, 2, 11)
-            for use, *rank in (("order",), ("dropout", 0), ("dropout", 1))]  # fmt: skip
+            for use, *rank in (("order",), ("dropout", 0), ("dropout", 1))]
     assert len({train.seed_for(*use) for use in uses}) == len(uses)
     assert train.seed_for(*uses[0]) == train.seed_for(*uses[0])  # and the same in every process
 
 
 @pytest.mark.parametrize("save_seconds", [0, 1e9])
 @pytest.mark.parametrize("flags", [(), ("--augment", "--optimizer", "adam")])
-def test_a_run_that_was_cut_short_ends_with_the_bits_of_one_that_was_not(
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
     few_phantoms, last_is_best, flags, save_seconds, monkeypatch
 ):
     monkeypatch.setattr(train, "SAVE_SECONDS", save_seconds)
@@ -637,7 +751,7 @@ def test_a_run_that_was_cut_short_ends_with_the_bits_of_one_that_was_not(
     flags = ("--epochs", "3", "--teacher", "teacher", *flags)
     run("--out", "whole", *flags, role="student")
     dies_in_epoch(3, monkeypatch, "--out", "cut", *flags, role="student")
-    assert Path("cut/history.csv").exists() == Path("cut/last.pt").exists() == (save_seconds == 0)
+    assert Path("cut/history.csv").exists() == Path("cut/best.pt").exists() == (save_seconds == 0)
     run("--out", "cut", *flags, role="student")
     assert alike("whole", "cut") and facts_of("cut")["epoch"] == 3
     assert without_seconds("whole") == without_seconds("cut")
@@ -653,20 +767,18 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(few_phantoms, 
     assert before == {p.name: p.read_bytes() for p in Path("run").iterdir()}
 
 
-def test_a_run_keeps_its_weights_once_when_it_is_finished_and_before_that_what_it_goes_on_from(
-    few_phantoms, last_is_best, always_saved, monkeypatch
-):
+def test_a_finished_run_holds_its_weights_once(few_phantoms, last_is_best, always_saved, monkeypatch):
+    """Before its end it also holds the last weights and the momentum, to resume from."""
     flags = ("--arch", "squeezenet1_1", "--out", "run")  # large enough for the rest not to count
     dies_in_epoch(2, monkeypatch, *flags)
     bytes_of_weights = sum(v.nbytes for v in weights_of("run").values())
-    assert Path("run/last.pt").stat().st_size > 2 * bytes_of_weights  # weights, and SGD's momentum
+    assert Path("run/best.pt").stat().st_size > 3 * bytes_of_weights
     run(*flags)
     kept = sum(path.stat().st_size for path in Path("run").iterdir())
-    assert bytes_of_weights < kept < 1.1 * bytes_of_weights
-    assert len(torch.load("run/last.pt", weights_only=True)["facts"]["history"]) == 2
+    assert bytes_of_weights < kept < 1.1 * bytes_of_weights and len(facts_of("run")["history"]) == 2
 
 
-def test_a_run_goes_on_only_with_what_it_was_begun_with(few_phantoms, monkeypatch):
+def test_a_run_resumes_only_with_the_config_it_was_begun_with(few_phantoms, monkeypatch):
     for seed in ("0", "1"):
         run("--out", f"first{seed}", "--seed", seed)
     Path("first0/best.pt").rename("weights.pt")
@@ -679,35 +791,54 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(few_phantoms, monkeypatc
     run(*flags, role="student")
     refused(r"lr 0.01 \(now 0.02\)", "--lr", "0.02")
     refused(r"T 1.0 \(now 2.0\), seed 0 \(now 3\)", "--T", "2", "--seed", "3")
-    refused("other first_weights", "--weights", "first1")
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "use_amp", lambda args: True)
-        refused(r"precision float32 \(now bfloat16\)")  # as --no-amp does on a GPU
+    refused("(other )?first_weights[^,]*", "--weights", "first1")
+    refused(r"precision float32 \(now bfloat16\)", "--precision", "bfloat16")
     with monkeypatch.context() as patch:
         patch.setattr(train, "processes", lambda: (0, 2))
-        patch.setattr(train.dist, "barrier", lambda: None)
+        patch.setattr(train.dist, "new_group", lambda **_: None)
+        patch.setattr(train.dist, "barrier", lambda _: None)
         refused(r"processes 1 \(now 2\)")
     with monkeypatch.context() as patch:
         real = data.list_phantoms
         patch.setattr(data, "list_phantoms", lambda source: [
-            {**r, "label": 1 - r["label"], "kind": 1 - r["kind"]} for r in real(source)])  # fmt: skip
+            {**r, "label": 1 - r["label"], "kind": 1 - r["kind"]} for r in real(source)])
         patch.setattr(models, "refuse_foreign", lambda *_: None)
         refused("other train, other val, other test")
-    args = train.get_args(["--role", "student", *TINY, *flags])
-    args.device, args.no_amp, args.cache = "cpu:0", True, "elsewhere"  # none of these changes what is trained
+    with monkeypatch.context() as patch:
+        real_draw = data.draw_blocks
+        patch.setattr(data, "draw_blocks", lambda *args: (255 - block for block in real_draw(*args)))
+        refused("other train_pixels, other val_pixels", "--cache", "new")
+    args = student(*flags)
+    args.device, args.cache = "cpu:0", "elsewhere"  # neither changes what is trained
     train.train(args)
     Path("first1/best.pt").write_bytes(Path("weights.pt").read_bytes())
-    refused("other teachers")
+    refused("(other )?teacher_weights[^,]*")
 
 
-def test_more_images_without_a_label_are_more_steps_unless_an_epoch_has_so_many(few_phantoms):
+def test_teacher_and_first_weights_may_have_other_paths_on_resuming(
+    few_phantoms, last_is_best, always_saved, monkeypatch
+):
+    """The teacher has not ended: its state is part of what is compared."""
+    run("--out", "first", "--seed", "1")
+    dies_in_epoch(2, monkeypatch, "--out", "teacher")
+    flags = ("--weights", "first", "--teacher", "teacher")
+    run(*flags, "--out", "whole", role="student")
+    dies_in_epoch(2, monkeypatch, *flags, "--out", "cut", role="student")
+    Path("first/best.pt").rename("weights.pt")
+    Path("teacher").rename("moved")
+    run("--weights", "weights.pt", "--teacher", "moved/best.pt", "--out", "cut", role="student")
+    assert alike("whole", "cut") and without_seconds("whole") == without_seconds("cut")
+    assert facts_of("cut")["config"]["taught_by"] != ["tiny"]
+
+
+def test_unlabelled_images_make_an_epoch_longer_unless_its_steps_are_given(few_phantoms):
     run("--out", "teacher", role="teacher")
     lengths = []
     for steps in ((), ("--steps-per-epoch", "2")):
         for role, who in (("baseline", ()), ("student", ("--teacher", "teacher"))):
             out = f"{role}{len(steps)}"
             run("--labels-per-class", "3", "--out", out, *who, *(steps or ("--steps-per-epoch", "3")), role=role)
-            lengths.append(facts_of(out)["made"]["epoch_length"])
+            lengths.append(facts_of(out)["config"]["epoch_length"])
     assert lengths == [3, 3, 2, 2]
     args = train.get_args(["--role", "student", *TINY, "--labels-per-class", "3", "--teacher", "teacher"])
     args.steps_per_epoch = None
@@ -715,7 +846,7 @@ def test_more_images_without_a_label_are_more_steps_unless_an_epoch_has_so_many(
         args.alpha = alpha
         split = data.load_as(vars(args), 32, ["train", "val"], "cache")
         model = types.SimpleNamespace(facts={"first_weights": None, "seen_groups": []})
-        assert train.run_facts(args, split, model, [])["made"]["epoch_length"] == images
+        assert train.run_facts(args, split, model, [])["config"]["epoch_length"] == images
 
 
 def test_the_same_folder_may_be_written_in_several_ways(tmp_path):
@@ -724,15 +855,15 @@ def test_the_same_folder_may_be_written_in_several_ways(tmp_path):
     run("--data", "xr", *flags)
     for same in ("./xr", str(tmp_path / "xr")):
         run("--data", same, *flags)
-    assert facts_of("run")["made"]["flags"]["data"] == str(tmp_path / "xr")
+    assert len(history("run")) == 1
 
 
-def test_best_is_never_of_an_epoch_that_a_resumed_run_has_yet_to_repeat(few_phantoms, monkeypatch):
+def test_an_epoch_that_was_not_saved_leaves_no_checkpoint(few_phantoms, monkeypatch):
     dies_in_epoch(2, monkeypatch, "--out", "run")  # after the first epoch, the best so far, unsaved
     assert not Path("run/best.pt").exists()
 
 
-def test_of_two_commands_on_one_folder_the_second_is_refused_in_one_line_and_the_first_goes_on(
+def test_a_second_command_on_one_folder_is_refused_and_the_first_continues(
     few_phantoms, monkeypatch
 ):
     refusals, real = [], train.train_one_epoch
@@ -747,15 +878,15 @@ def test_of_two_commands_on_one_folder_the_second_is_refused_in_one_line_and_the
     monkeypatch.setattr(train, "train_one_epoch", another_command_in_between)
     run("--out", "run")
     assert refusals == 4 * ["error: another command trains in run: wait, or choose an --out"]
-    assert state_of("run") == "" and facts_of("run")["args"]["seed"] == 0
+    assert state_of("run") == "" and facts_of("run")["config"]["seed"] == 0
     run("--out", "run")  # and afterwards the folder is free
 
 
-def test_what_a_killed_process_had_half_written_is_removed_at_the_next_start(few_phantoms):
+def test_the_next_start_removes_half_written_files(few_phantoms):
     Path("run").mkdir()
-    Path("run/.last.pt.01234567.part").write_bytes(b"half of it")
+    Path("run/.best.pt.01234567.part").write_bytes(b"half of it")
     run("--out", "run")
-    assert {p.name for p in Path("run").iterdir()} == {"best.pt", "last.pt", "history.csv"}
+    assert {p.name for p in Path("run").iterdir()} == {"best.pt", "history.csv"}
 
 
 def test_a_mistake_leaves_no_folder_behind(few_phantoms):
@@ -767,83 +898,115 @@ def test_a_mistake_leaves_no_folder_behind(few_phantoms):
 # ---- teachers
 
 
-def tables_of(args, images):
+def teacher_source(args, images):
     return train.load_teachers(args, images, CPU)[0]
 
 
 def taught(args, images):
-    """The teachers' logits of a run, by image, as the batches of its first epoch bring them."""
-    rows = torch.arange(len(images.train.labels))
-    logits = torch.empty(len(rows), len(images.classes))
-    for _, y, teacher_logits in paired(images.train.images, rows, tables_of(args, images), T=args.T):
-        logits[y] = teacher_logits
-    return logits
+    """Return the logits of the teachers of a run for all of its training images."""
+    return teacher_source(args, images)(torch.arange(len(images.train.labels)))
 
 
 def student(*flags):
     return train.get_args(["--role", "student", *TINY, *flags])
 
 
-def test_six_temperatures_ask_the_teacher_once(few_phantoms, monkeypatch):
+def test_six_temperatures_run_the_teacher_once(few_phantoms, monkeypatch):
     run("--out", "teacher")
-    asked, real = [], train.forward
-    monkeypatch.setattr(train, "forward", lambda model, x: (asked.append(model.training), real(model, x))[1])
+    images_read, real = [], train.forward
+
+    def watched(model, x):
+        images_read.append(0 if model.training else len(x))
+        return real(model, x)
+
+    monkeypatch.setattr(train, "forward", watched)
     for T in ("1", "10", "20", "30", "40", "50"):
         run("--teacher", "teacher", "--T", T, "--epochs", "1", role="student")
-    assert sum(not training for training in asked) == 1  # all 24 images in one batch
+    assert sum(images_read) == 24 + 6 * 2  # and each time two images, which name the file
 
 
-def test_the_teachers_table_holds_its_logits_of_each_image_at_its_own_size(few_phantoms):
+def test_a_teacher_reads_each_image_at_its_own_size(few_phantoms):
     run("--out", "teacher", "--size", "48")
-    images = data.load("phantoms", 32)
-    model, _ = models.load_checkpoint("teacher")
-    large = data.load("phantoms", 48).train
+    images, large = data.load("phantoms", 32), data.load("phantoms", 48).train
     assert large.ids == images.train.ids
-    with torch.no_grad():
-        at_once = model(data.prepare(large.images, CPU))
-    assert torch.allclose(taught(student("--teacher", "teacher"), images), at_once, atol=1e-5)
+    logits = models.load_checkpoint("teacher")[0](data.prepare(large.images, CPU))
+    assert torch.allclose(taught(student("--teacher", "teacher"), images), logits, atol=1e-5)
 
 
-def test_a_table_of_teacher_logits_is_made_anew_by_another_teacher_other_images_or_another_way_of_reading(
-    few_phantoms, monkeypatch
-):
+@pytest.mark.parametrize("augment", [(), ("--augment",)])
+def test_a_teacher_smaller_than_its_student_reads_small_images(few_phantoms, monkeypatch, augment):
+    run("--out", "teacher")
+    sides, real = {True: set(), False: set()}, train.forward
+
+    def watched(model, x):
+        sides[model.training].add(tuple(x.shape[1:]))
+        return real(model, x)
+
+    monkeypatch.setattr(train, "forward", watched)
+    run("--size", "48", "--teacher", "teacher", "--epochs", "1", *augment, role="student")
+    assert sides == {True: {(3, 48, 48)}, False: {(3, 32, 32)}}
+
+
+def test_a_teacher_with_other_images_than_its_student_is_refused(few_phantoms, monkeypatch):
+    """This happens where files change between two readings. The order of the images is compared, too."""
+    run("--out", "teacher", "--size", "48")
+    real = train.load_as
+
+    def turned(config, size, *args):
+        images = real(config, size, *args)
+        if size == 48:
+            images.train.ids = images.train.ids[::-1]
+        return images
+
+    monkeypatch.setattr(train, "load_as", turned)
+    for augment in ((), ("--augment",)):
+        with pytest.raises(data.UserError, match="the images of phantoms changed while they were read"):
+            run("--teacher", "teacher", *augment, "--out", "student", role="student")
+
+
+def test_teacher_logits_are_computed_anew_once_anything_behind_them_changes(few_phantoms, monkeypatch):
     """Two teachers of one network and as many images: only what is in them differs."""
     run("--out", "teacher")
     run("--out", "other", "--seed", "1")
     args = student("--teacher", "teacher")
 
-    def check():
+    def check(turn=lambda logits: logits):
         images = data.load("phantoms", 32)
-        with torch.no_grad():
-            logits = models.load_checkpoint("teacher")[0](data.prepare(images.train.images, CPU))
-        assert torch.allclose(tables_of(args, images)[0].tensor, logits, atol=1e-5)
+        logits = models.load_checkpoint("teacher")[0](data.prepare(images.train.images, CPU))
+        assert torch.allclose(taught(args, images), turn(logits), atol=1e-5)
         return len(list(Path("cache").glob("teacher-tiny-*.npy")))
 
     assert check() == check() == 1
+    [first] = Path("cache").glob("teacher-tiny-*.npy")
+    written, real = first.stat().st_mtime_ns, train.teacher_logits
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "teacher_logits", lambda teacher, images: real(teacher, images).softmax(1))
+        assert check(lambda logits: logits.softmax(1)) == 2
+    assert check() == 2 and first.stat().st_mtime_ns == written  # the old code finds its own file
     Path("teacher/best.pt").write_bytes(Path("other/best.pt").read_bytes())
-    assert check() == check() == 2
-    monkeypatch.setattr(data, "MEAN", data.MEAN + 0.1)
     assert check() == check() == 3
-    monkeypatch.setattr(data, "PHANTOMS", {**data.PHANTOMS, "train": (24, 99)})
+    monkeypatch.setattr(data, "MEAN", data.MEAN + 0.1)
     assert check() == check() == 4
+    monkeypatch.setattr(data, "PHANTOMS", {**data.PHANTOMS, "train": (24, 99)})
+    assert check() == check() == 5
 
 
-def test_under_augmentation_the_teacher_is_asked_about_the_very_view_the_student_sees(few_phantoms):
+def test_with_augmentation_teacher_and_student_read_the_same_images(few_phantoms):
     run("--out", "teacher")
     images = data.load("phantoms", 32)
-    teachers = tables_of(student("--teacher", "teacher", "--augment"), images)
+    teacher = teacher_source(student("--teacher", "teacher", "--augment"), images)
     model, _ = models.load_checkpoint("teacher")
-    for x, y, teacher_logits in paired(images.train.images, torch.arange(24), teachers, augment=True):
+    for x, y, teacher_logits in paired(images.train.images, torch.arange(24), teacher, augment=True):
         with torch.no_grad():
             assert torch.allclose(teacher_logits, model(x), atol=1e-6)
             assert not torch.allclose(teacher_logits, model(data.prepare(images.train.images[y], CPU)), atol=1e-6)
 
 
-def test_a_student_learns_what_its_teacher_says_even_where_the_labels_say_otherwise(few_phantoms, last_is_best):
+def test_a_student_follows_its_teacher_against_the_labels(few_phantoms, last_is_best):
     """The check, end to end, that distillation happens: this teacher calls everything NORMAL."""
     run("--out", "teacher", "--epochs", "1")
     model, facts = models.load_checkpoint("teacher")
-    with torch.no_grad():  # whatever it sees, it says NORMAL, and is sure of it
+    with torch.no_grad():
         model.classifier[3].weight.zero_()
         model.classifier[3].bias.copy_(torch.tensor([6.0, 0.0]))
     models.save_checkpoint("teacher/best.pt", model, **facts)
@@ -853,7 +1016,7 @@ def test_a_student_learns_what_its_teacher_says_even_where_the_labels_say_otherw
     assert logits.softmax(1)[:, 1].mean() < 0.3
 
 
-def test_several_teachers_teach_their_mean(few_phantoms):
+def test_several_teachers_are_averaged(few_phantoms):
     run("--out", "a")
     run("--out", "b", "--seed", "1")
     images = data.load("phantoms", 32)
@@ -869,22 +1032,22 @@ def test_a_teacher_of_other_classes_is_refused(few_phantoms, kermany):
         run("--teacher", "teacher", "--data", str(kermany), "--classes", "3", "--weights", "none", "--finetune", "all", role="student")
 
 
-def test_a_teacher_whose_logits_are_not_finite_is_refused_and_nothing_is_kept_of_them(few_phantoms):
+def test_a_teacher_with_infinite_logits_is_refused_and_leaves_no_file(few_phantoms):
     run("--out", "teacher", "--epochs", "1")
     model, facts = models.load_checkpoint("teacher")
     model.classifier[3].bias.data.fill_(math.inf)
     models.save_checkpoint("teacher/best.pt", model, **facts)
-    with pytest.raises(data.UserError, match="not finite numbers in torch.float32: it diverged"):
+    with pytest.raises(data.UserError, match="not finite in torch.float32"):
         run("--teacher", "teacher", role="student")
     assert not list(Path("cache").glob("*teacher*"))
 
 
 @pytest.mark.parametrize("flags, state", [
-    (("--epochs", "6"), ", epoch 2 of 6"),
+    (("--epochs", "6"), ", unfinished (2 of 6 epochs)"),
     (("--epochs", "2"), ""),
     (("--epochs", "6", "--stop-at", "0.01"), ", stopped at 0.01"),
-])  # fmt: skip
-def test_a_student_is_told_of_a_teacher_that_has_not_finished_and_remembers_it(
+])
+def test_the_state_of_a_teacher_is_printed_and_kept(
     few_phantoms, always_saved, monkeypatch, capsys, flags, state
 ):
     if flags == ("--epochs", "6"):
@@ -893,24 +1056,20 @@ def test_a_student_is_told_of_a_teacher_that_has_not_finished_and_remembers_it(
         run("--out", "teacher", *flags)
     capsys.readouterr()
     run("--teacher", "teacher", "--epochs", "1", "--out", "student", role="student")
-    assert f"taught by teacher: tiny{state}, epoch " in capsys.readouterr().out
-    facts, teacher = facts_of("student"), facts_of("teacher")
-    assert facts["taught_by"] == [f"tiny{state}"]
-    sha256 = hashlib.sha256(Path("teacher/best.pt").read_bytes()).hexdigest()
-    assert facts["made"]["teachers"] == [{"sha256": sha256, "state": state, "made": teacher["made"]}]
-    assert teacher["made"]["teachers"] == [] and teacher["made"]["first_weights"] is None
+    assert f"teacher teacher: tiny{state}, epoch " in capsys.readouterr().out
+    config, teacher = facts_of("student")["config"], facts_of("teacher")["config"]
+    assert config["taught_by"] == [f"tiny{state}"]
+    assert config["teacher_weights"] == [models.weights_hash(weights_of("teacher"))]
+    assert teacher["teacher_weights"] == teacher["taught_by"] == [] and teacher["first_weights"] is None
 
 
-def test_what_made_a_run_tells_its_flags_without_those_that_are_no_part_of_the_experiment(few_phantoms):
-    args = run("--out", "run", "--lr", "0.02")
-    made = facts_of("run")["made"]
-    left_out = {"teacher", "weights", "out", "recipe", "cache", "device", "no_amp"}
-    assert made["flags"] == {name: value for name, value in vars(args).items() if name not in left_out}
-    assert made["flags"]["lr"] == 0.02 and made["flags"]["data"] == "phantoms"
-    assert (made["precision"], made["processes"]) == ("float32", 1)
+def test_the_config_holds_all_flags_and_fingerprints(few_phantoms):
+    args, config = run("--out", "run", "--lr", "0.02"), facts_of("run")["config"]
     fingerprints = data.load("phantoms", 32).fingerprints
-    assert {name: made[name] for name in ("train", "val", "test")} == fingerprints
-    assert made.keys() == {"flags", "precision", "processes", "epoch_length", "train", "val", "test", "first_weights", "teachers"}
+    assert {*fingerprints} == {"train", "val", "test", "train_pixels", "val_pixels"}
+    assert config == {**vars(args), **fingerprints, "first_weights": None, "epoch_length": 3, "processes": 1,
+                      "taught_by": [], "teacher_weights": [], "teacher_configs": []}
+    assert (config["lr"], config["precision"]) == (0.02, "float32")
 
 
 # ---- whom a teacher has learned from
@@ -962,7 +1121,7 @@ WAYS = {  # how a student of another hospital can come by what was learned from 
 
 @pytest.mark.parametrize("part", ["validation", "test"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_student_is_not_judged_by_patients_that_anything_behind_it_has_learned_from(family, tmp_path, way, part):
+def test_no_patient_judges_a_student_if_anything_behind_it_was_trained_on_them(family, tmp_path, way, part):
     others, share = range(20, 28), 0.75
     if part == "test":
         c = hospital(tmp_path / "c", others, range(8))
@@ -976,7 +1135,7 @@ def test_a_student_is_not_judged_by_patients_that_anything_behind_it_has_learned
     if part == "validation" or "--weights" in flags:  # a network of hospital D teaches hospital C without objection
         fit("--teacher", f"{family.root}/clean", "--out", "allowed", role="student", small=small)
     who = re.escape(flags[-1])
-    with pytest.raises(data.UserError, match=f"{who} has learned from .*, by whom it or its student is to be judged"):
+    with pytest.raises(data.UserError, match=f"{who} was trained on .*, a validation or test patient of"):
         fit(*flags, "--out", "refused", role="student", small=small)
 
 
@@ -984,36 +1143,32 @@ def test_a_run_remembers_all_patients_behind_it_and_no_others(family, tmp_path):
     e = hospital(tmp_path / "e", range(40, 48), range(90, 92))
     own = names(data.load(e, 32, val_fraction=0.25).train)
     for name, flags, role in (("by teacher", ("--teacher", f"{family.root}/taught"), "student"),
-                              ("by weights", ("--weights", f"{family.root}/begun"), "baseline")):  # fmt: skip
+                              ("by weights", ("--weights", f"{family.root}/begun"), "baseline")):
         fit("--data", e, *flags, "--out", name, role=role, small=family.small)
         assert set(facts_of(name)["seen_groups"]) == own | family.a | family.b
 
 
-def test_a_student_is_not_judged_by_images_of_its_teacher_whatever_patients_are_called_since(tmp_path, monkeypatch):
+def test_a_teachers_images_are_known_even_after_patients_were_renamed(tmp_path, monkeypatch):
     flags = [*HOSPITAL, "--data", hospital(tmp_path / "a", range(8), range(50, 52))]
     run(*flags, "--out", "teacher")
     monkeypatch.setattr(data, "PATIENT", re.compile("other names"))
-    with pytest.raises(data.UserError, match="teacher has learned from train/"):
+    with pytest.raises(data.UserError, match="teacher was trained on train/"):
         run(*flags, "--teacher", "teacher", "--out", "student", role="student")
 
 
-def test_a_teacher_that_is_replaced_while_it_is_read_is_known_by_the_bytes_that_were_loaded(
-    few_phantoms, monkeypatch
-):
+def test_the_hash_of_a_teacher_is_of_the_weights_that_were_loaded(few_phantoms, monkeypatch):
     run("--out", "other", "--seed", "1")
     run("--out", "teacher")
-    path, real = Path("teacher/best.pt"), torch.load
-    content, weights = path.read_bytes(), weights_of("teacher")
+    weights, images, real = weights_of("teacher"), data.load("phantoms", 32), torch.load
 
     def replaced(*args, **kwargs):
         loaded = real(*args, **kwargs)
-        path.write_bytes(Path("other/best.pt").read_bytes())
+        Path("teacher/best.pt").write_bytes(Path("other/best.pt").read_bytes())
         return loaded
 
     monkeypatch.setattr(torch, "load", replaced)
-    model, facts = models.load_checkpoint("teacher")
-    assert path.read_bytes() != content  # the file is another one by now
-    assert alike(weights, model.state_dict()) and facts["sha256"] == hashlib.sha256(content).hexdigest()
+    _, [facts] = train.load_teachers(student("--teacher", "teacher"), images, CPU)
+    assert facts["weights_hash"] == models.weights_hash(weights) != models.weights_hash(weights_of("teacher"))
 
 
 # ---- freezing
@@ -1033,19 +1188,17 @@ def test_a_fixed_extractor_learns_its_head_and_moves_nothing_else(pretrained, au
         assert torch.equal(before[name], after[name]) == (not name.startswith("classifier.3.")), name
 
 
-def test_a_frozen_network_is_run_once_over_the_images_and_then_its_features_are_read(pretrained, monkeypatch):
+def test_a_frozen_network_is_run_once_over_the_images(pretrained, monkeypatch):
     runs = []
     real = models.features
     monkeypatch.setattr(models, "features", lambda *a: (runs.append(1), real(*a))[1])
     run(*pretrained, "--finetune", "head", "--epochs", "6")
-    assert len(runs) == 2  # a table each for training and validation images
+    assert len(runs) == 2 * 2  # training and validation images, and each time two images name the file
     run(*pretrained, "--finetune", "head", "--epochs", "6", "--seed", "1")
-    assert len(runs) == 2  # the second run reads the tables
+    assert len(runs) == 3 * 2  # the second run reads the files
 
 
-def test_a_table_of_features_is_made_anew_by_other_weights_another_block_other_images_or_another_way_of_reading(
-    pretrained, monkeypatch
-):
+def test_features_are_computed_anew_once_anything_behind_them_changes(pretrained, monkeypatch):
     run("--out", "other", "--seed", "1")
 
     def check(weights="pretrained", finetune="fc"):
@@ -1054,8 +1207,8 @@ def test_a_table_of_features_is_made_anew_by_other_weights_another_block_other_i
         model, trainable = train.make_network(args, images, CPU)
         layers = model.features if finetune == "fc" else torch.nn.Sequential(model.features, *model.classifier[:3])
         wanted = layers(data.prepare(images.train.images, CPU))
-        table = train.input_table(args, model, trainable, images.train, CPU).tensor
-        assert torch.allclose(table, wanted.half(), atol=2e-3, rtol=2e-3)
+        features = train.input_source(args, model, trainable, images.train, CPU)(torch.arange(24))
+        assert torch.allclose(features, wanted, atol=2e-3, rtol=2e-3)
         return len(list(Path("cache").glob("features-tiny-*.npy")))
 
     assert check() == check() == 1
@@ -1067,15 +1220,16 @@ def test_a_table_of_features_is_made_anew_by_other_weights_another_block_other_i
     assert check() == check() == 5
 
 
-def test_a_table_that_float16_cannot_hold_is_refused_and_not_kept(tmp_path):
-    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
-    huge = train.Table(images, lambda x: torch.full((len(x), 3), 1e5))
-    with pytest.raises(data.UserError, match="not finite numbers in torch.float16"):
-        train.cached_outputs(huge, tmp_path / "features.npy", CPU, torch.float16)
-    assert not os.listdir(tmp_path)
+def test_features_too_large_for_float16_are_refused_and_not_kept(pretrained):
+    model, facts = models.load_checkpoint("pretrained")
+    model.features[1].weight.fill_(1e9)  # BatchNorm
+    models.save_checkpoint("pretrained/best.pt", model, **facts)
+    with pytest.raises(data.UserError, match="not finite in torch.float16"):
+        run(*pretrained, "--finetune", "fc")
+    assert not list(Path("cache").glob("features-*"))
 
 
-def test_an_own_runs_fully_connected_layers_and_head_are_kept_and_those_of_a_plain_file_begin_anew(pretrained):
+def test_the_fully_connected_layers_of_a_run_are_kept_and_those_of_a_file_are_not(pretrained):
     """With --finetune fc, as the paper has it for ImageNet's weights."""
     own = weights_of("pretrained")
     torch.save(own, "plain.pt")
@@ -1102,7 +1256,7 @@ def test_a_body_that_reads_residuals_is_not_given_images(few_phantoms):
     assert facts_of("second")["input"] == "residual"
 
 
-def test_training_on_features_is_training_on_images_with_the_rest_frozen(pretrained, last_is_best):
+def test_training_on_features_equals_training_with_the_rest_frozen(pretrained, last_is_best):
     run(*pretrained, "--finetune", "head", "--out", "table")
     images = data.load("phantoms", 32)
     model = models.build("tiny", 2, 32, "pretrained/best.pt")
@@ -1136,13 +1290,13 @@ STUDENT, TEACHER = ["--role", "student"], ["--role", "teacher"]
 WRONG_FLAGS = [
     (["--role", "pupil"], "argument --role: invalid choice: 'pupil'"),
     ([], "required: --role"),
-    ([*STUDENT, "--alpha", "1.5"], "--alpha is 1.5, expected 0 to 1"),
-    ([*STUDENT, "--alpha", "-0.1"], "--alpha is -0.1, expected 0 to 1"),
-    ([*STUDENT, "--alpha", "nan"], "--alpha is nan, expected 0 to 1"),
+    ([*STUDENT, "--alpha", "1.5"], "alpha must lie between 0 (labels) and 1 (teacher), got 1.5"),
+    ([*STUDENT, "--alpha", "-0.1"], "alpha must lie between 0 (labels) and 1 (teacher), got -0.1"),
+    ([*STUDENT, "--alpha", "nan"], "alpha must lie between 0 (labels) and 1 (teacher), got nan"),
     ([*STUDENT, "--alpha", "half"], "argument --alpha: invalid float value: 'half'"),
-    ([*STUDENT, "--T", "0"], "--T is 0.0, expected 0.001 to 1000"),
-    ([*STUDENT, "--T", "1001"], "--T is 1001.0, expected 0.001 to 1000"),
-    ([*STUDENT, "--T", "nan"], "--T is nan, expected 0.001 to 1000"),
+    ([*STUDENT, "--T", "0"], "T, the temperature, must lie between 0.001 and 1000, got 0.0"),
+    ([*STUDENT, "--T", "1001"], "T, the temperature, must lie between 0.001 and 1000, got 1001.0"),
+    ([*STUDENT, "--T", "nan"], "T, the temperature, must lie between 0.001 and 1000, got nan"),
     ([*TEACHER, "--clip", "-1"], "--clip is -1.0, expected 0 to 1e+09"),
     ([*TEACHER, "--lr", "-1"], "--lr is -1.0, expected 0 to 1e+09"),
     ([*TEACHER, "--wrong-labels", "20"], "--wrong-labels is 20.0, expected 0 to 1"),
@@ -1160,15 +1314,16 @@ WRONG_FLAGS = [
     ([*TEACHER, "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     ([*TEACHER, "--epoch", "3"], "unrecognized arguments: --epoch 3"),
     ([*TEACHER, "--device", "cuda"], "argument --device: "),
+    ([*TEACHER, "--precision", "float16"], "argument --precision: invalid choice: 'float16'"),
     ([*STUDENT, "--teacher", "x", "--out", "./x"], "a student cannot be its own teacher: --out is ./x"),
     ([*STUDENT, "--teacher", "y", "x", "--out", "x"], "a student cannot be its own teacher: --out is x"),
-    ([*TEACHER, "--teacher", "x"], "--teacher belongs to --role student; a teacher learns from labels alone"),
+    ([*TEACHER, "--teacher", "x"], "--teacher belongs to --role student; a teacher is trained on labels only"),
     (["--role", "baseline", "--teacher", "x"], "--teacher belongs to --role student; a baseline"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("flags, line", WRONG_FLAGS, ids=[" ".join(flags) for flags, _ in WRONG_FLAGS])
-def test_a_wrong_command_line_is_explained_in_one_line_with_exit_code_2(flags, line, capsys):
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(flags, line, capsys):
     assert line in refusal(flags, capsys)
 
 
@@ -1178,7 +1333,7 @@ def test_the_ends_of_what_a_flag_may_be_are_taken():
     assert train.get_args([*STUDENT, "--alpha", "0", "--wrong-labels", "1"]).wrong_labels == 1
 
 
-def test_a_users_mistake_is_one_line_without_a_traceback_and_exit_code_1(kermany):
+def test_a_mistake_of_a_user_is_one_line_and_exit_code_1(kermany):
     script = Path(train.__file__).parent / "train.py"
     flags = ["--data", str(kermany), "--weights", "none", "--finetune", "all", "--arch", "squeezenet1_1", "--size", "32"]
     done = subprocess.run([sys.executable, str(script), *STUDENT, *flags], capture_output=True, text=True)
@@ -1205,8 +1360,8 @@ def fails(*_, **__):
     ("teacher", ["--weights", "nothing.pt"], "No such file: nothing.pt"),
     ("student", ["--teacher", "nobody"], "No such file: nobody"),
     ("teacher", ["--data", "nowhere"], "No such folder: nowhere"),
-])  # fmt: skip
-def test_images_weights_and_teachers_that_are_not_there_are_told_before_an_image_is_decoded(
+])
+def test_missing_images_weights_and_teachers_are_told_before_decoding(
     tmp_path, monkeypatch, role, flags, line
 ):
     def no_network(*_, **__):
@@ -1222,7 +1377,7 @@ def test_images_weights_and_teachers_that_are_not_there_are_told_before_an_image
 
 
 @pytest.mark.parametrize("out", ["taken", "taken/run"])
-def test_an_out_that_cannot_be_created_is_one_line_before_the_first_epoch(few_phantoms, monkeypatch, out):
+def test_an_out_that_cannot_be_created_is_one_line(few_phantoms, monkeypatch, out):
     Path("taken").write_text("a file")
     monkeypatch.setattr(train, "train_one_epoch", fails)
     with pytest.raises(SystemExit, match=f"^error: [^\n]*'{out}'$"):
@@ -1230,14 +1385,14 @@ def test_an_out_that_cannot_be_created_is_one_line_before_the_first_epoch(few_ph
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_numbers(few_phantoms, monkeypatch):
-    row = {"loss": math.nan, "hard": 1.0, "soft": 0.0, "train_accuracy": 0.5}
-    monkeypatch.setattr(train, "train_one_epoch", lambda *a, **k: row)
-    with pytest.raises(data.UserError, match="the loss is nan in epoch 1 at learning rate 0.01.*--lr"):
+    real = train.distillation_loss
+    monkeypatch.setattr(train, "distillation_loss", lambda *args: tuple(math.nan * part for part in real(*args)))
+    with pytest.raises(data.UserError, match="the loss is nan in epoch +1/2 at learning rate 0.01.*--lr"):
         run("--out", "run")
     assert not Path("run").exists()
 
 
-def test_help_shows_the_defaults_of_the_recipe_and_role_it_is_asked_for(capsys):
+def test_help_shows_the_defaults_of_recipe_and_role(capsys):
     for argv, wanted in (
         (["--help"], "inception_v3"),
         ([*STUDENT, "--data", "x", "--help"], "(default: 128)"),
@@ -1248,7 +1403,7 @@ def test_help_shows_the_defaults_of_the_recipe_and_role_it_is_asked_for(capsys):
 
 
 @pytest.mark.parametrize("script", ["data", "evaluate", "train", "profile_gpu"])
-def test_help_begins_with_an_example_and_is_no_wider_than_a_terminal(script, capsys):
+def test_help_begins_with_an_example_and_fits_a_terminal(script, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(script).main(["--help"])
     page = capsys.readouterr().out

@@ -152,10 +152,10 @@ def existing_folder(source):
     for folder in (root, root / "chest_xray"):  # archives hold one folder more, or a copy inside
         if source in PHANTOM_SOURCES or known_csvs(folder) or (folder / "train").is_dir():
             return folder
-    there = ", ".join(sorted(folder.name for folder in root.glob("*/"))[:9]) or "none"
-    why = f"No folder train in {root}, but {there}" if root.exists() else f"No such folder: {root}"
-    raise UserError(f"{why}. Expected train/CLASS/*.jpeg or a CSV set: give --data where it is, or "
-                    "fetch one: python data.py --download data/chest_xray")
+    there = ", ".join(sorted(folder.name for folder in root.glob("*/"))[:9]) or "no folders"
+    raise UserError(f"No such folder: {root}/train. {root} holds {there}. If these are classes, "
+                    f"put them below {root}/train/CLASS and {root}/test/CLASS. Otherwise --data "
+                    "needs another folder. To fetch one: python data.py --download data/chest_xray")
 
 # ---- class folders -------------------------------------------------------------------------------
 def record(id, label, folder, path=None, group=None, negative=False, **more):
@@ -174,14 +174,14 @@ def list_class_folders(root, classes):
     names = sorted(names, key=lambda name: (name.upper() != "NORMAL", name))
     three = classes == 3 and names == ["NORMAL", "PNEUMONIA"]
     records, left_out = [], Counter()
-    for path in sorted(path for split in there for path in files_below(root / split, set())):
-        id = path[len(str(root)) + 1 :].replace(os.sep, "/")  # train/NORMAL/IM-0001-0001.jpeg
-        split, class_name, *below = id.split("/")
-        folder, name, rest = used_as.get(split), os.path.basename(path), "/".join(below)
+    paths = [Path(path) for split in there for path in files_below(root / split, set())]
+    for id, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
+        split, class_name, *below = id.split("/")  # train, NORMAL, IM-0001-0001.jpeg
+        folder, rest = used_as.get(split), "/".join(below)
         is_known = class_name in names or class_name == "UNLABELLED" and folder == "train"
-        if not (folder and is_known and IMAGE_FILE.fullmatch(name) and os.path.isfile(path)):
-            if PICTURE_FILE.fullmatch(name) and class_name[0] not in "._":
-                left_out["/".join([*id.split("/")[:-1][:2], f"*{Path(name).suffix.lower()}"])] += 1
+        if not (folder and is_known and IMAGE_FILE.fullmatch(path.name) and path.is_file()):
+            if PICTURE_FILE.fullmatch(path.name) and class_name[0] not in "._":
+                left_out["/".join([*id.split("/")[:-1][:2], f"*{path.suffix.lower()}"])] += 1
             continue
         label = names.index(class_name) if class_name in names else -1
         if three and label == 1:
@@ -189,7 +189,7 @@ def list_class_folders(root, classes):
                 raise UserError(f"--classes 3 expects bacteria or virus in {path}. Use --classes 2")
             label = 1 + (kind[0] == "virus")
         patient = PATIENT.search(rest)
-        records.append(record(id, label, folder, path, patient[0] if patient else None))
+        records.append(record(id, label, folder, str(path), patient[0] if patient else None))
     for kind, n in sorted(left_out.items()):
         print_once(f"left out: {n} {kind}. Expected JPEG or PNG files below train/CLASS/")
     if (n := sum(r["id"].startswith("val/") for r in records)) > 16:
@@ -354,8 +354,8 @@ def list_chestxray14(path):
     """ChestX-ray14: findings separated by |. Two lists name every image: if not, one is cut off."""
     paths = files_by_name(path.parent)
     with explain(f"test_list.txt and train_val_list.txt are expected beside {path}; fetch both"):
-        splits = dict.fromkeys(path.with_name("train_val_list.txt").read_text().split(), "train")
-        splits |= dict.fromkeys(path.with_name("test_list.txt").read_text().split(), "test")
+        splits = {id: split for split, name in (("train", "train_val_list"), ("test", "test_list"))
+                  for id in path.with_name(f"{name}.txt").read_text(encoding="utf-8").split()}
     for row in read_csv(path):
         id, found = row["Image Index"], row["Finding Labels"].split("|")
         assert row["Patient ID"] and {*found} <= {*CHESTXRAY14, "No Finding"}, row

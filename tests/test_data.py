@@ -9,6 +9,8 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 import time
 import tokenize
@@ -547,17 +549,36 @@ def test_augmentation_rotates_zooms_and_shifts_as_far_as_stated():
 # ---- errors and the command line
 
 
-@pytest.mark.parametrize("source, says", [("nowhere", "nowhere"), (".", "No folder train in")])
-def test_a_wrong_folder_names_the_layout_expected(source, says):
-    with pytest.raises(data.UserError, match=rf"{says}.*Expected train/CLASS.*give --data.*--download"):
+@pytest.mark.parametrize("source", ["nowhere", "."])
+def test_a_wrong_folder_names_the_layout_expected(source):
+    with pytest.raises(data.UserError, match=rf"No such folder: {source}/train.*train/CLASS.*--data needs another.*--download"):
         data.load(source, 32)
 
 
 def test_a_set_without_a_folder_train_is_told_what_is_there(kermany):
     (kermany / "train").rename(kermany / "Train")
     shutil.rmtree(kermany / "chest_xray")
-    with pytest.raises(data.UserError, match=r"No folder train in .*, but Train, __MACOSX, test, val. Expected train/CL"):
+    with pytest.raises(data.UserError, match=r"No such folder: .*/train. .* holds Train, __MACOSX, test, val\."):
         data.list_images(kermany)
+
+
+def test_a_flat_folder_is_told_how_to_divide_it():
+    image_file(Path("flat/NORMAL/a.png"))
+    with pytest.raises(data.UserError, match="holds NORMAL.*put them below flat/train/CLASS and flat/test/CLASS"):
+        data.list_images("flat")
+
+
+def test_ids_are_sorted_with_slashes(tmp_path, monkeypatch):
+    for name in ("A/x.png", "A-B/x.png", "A0/x.png"):
+        image_file(tmp_path / "set/train" / name)
+    monkeypatch.setattr(data, "files_below", lambda *a, real=data.files_below: reversed([*real(*a)]))
+    assert [r["id"] for r in data.list_images("set")[0]] == ["train/A-B/x.png", "train/A/x.png", "train/A0/x.png"]
+
+
+def test_text_files_are_opened_as_utf8(nih):
+    code = "import data; data.list_images('ChestX-ray14')"
+    subprocess.run([sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning:data", "-c", code],
+                   check=True, env={**os.environ, "PYTHONPATH": os.path.dirname(data.__file__)})
 
 
 def test_a_class_without_images_is_named(kermany):

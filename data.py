@@ -35,8 +35,7 @@ URL = ("https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/"
 SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
 PIXELS = 1  # raise it when decode, prepare or the phantoms change: caches are then made again
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # ImageNet's
-IMAGE_FILE = re.compile(r"(?i)[^.].*\.(jpe?g|png)")  # not ._person1_virus_6.jpeg
-PICTURE_FILE = re.compile(r"(?i)[^.].*\.(jpe?g|png|tiff?|bmp|gif|webp|jp2|jfif|heic|dcm|dicom)")
+IMAGE_FILE = re.compile(r"(?i).+\.(jpe?g|png)")
 # A patient's name in a path; person7_virus is another child than person7_bacteria.
 PATIENT = re.compile(r"person\d+_(?:bacteria|virus)|(?:NORMAL2-)?IM-\d+"
                      r"|(?:NORMAL|BACTERIA|VIRUS)-\d+|patient\d+")
@@ -173,15 +172,16 @@ def list_class_folders(root, classes):
     names = {d.name for split in used_as for d in (root / split).glob("[!._]*/")} - {"UNLABELLED"}
     names = sorted(names, key=lambda name: (name.upper() != "NORMAL", name))
     three = classes == 3 and names == ["NORMAL", "PNEUMONIA"]
-    records, left_out = [], Counter()
+    records, left_out = [], defaultdict(list)
     paths = [Path(path) for split in there for path in files_below(root / split, set())]
     for id, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
         split, class_name, *below = id.split("/")  # train, NORMAL, IM-0001-0001.jpeg
         folder, rest = used_as.get(split), "/".join(below)
         is_known = class_name in names or class_name == "UNLABELLED" and folder == "train"
         if not (folder and is_known and IMAGE_FILE.fullmatch(path.name) and path.is_file()):
-            if PICTURE_FILE.fullmatch(path.name) and class_name[0] not in "._":
-                left_out["/".join([*id.split("/")[:-1][:2], f"*{path.suffix.lower()}"])] += 1
+            kind = "/".join([*id.split("/")[:-1][:2], f"*{path.suffix.lower()}"])
+            if class_name[0] != "_":
+                left_out[kind if path.exists() else "links that lead nowhere"].append(id)
             continue
         label = names.index(class_name) if class_name in names else -1
         if three and label == 1:
@@ -190,8 +190,9 @@ def list_class_folders(root, classes):
             label = 1 + (kind[0] == "virus")
         patient = PATIENT.search(rest)
         records.append(record(id, label, folder, str(path), patient[0] if patient else None))
-    for kind, n in sorted(left_out.items()):
-        print_once(f"left out: {n} {kind}. Expected JPEG or PNG files below train/CLASS/")
+    for kind, ids in sorted(left_out.items()):
+        print_once(f"left out: {len(ids)} {kind}. Expected JPEG or PNG files below train/CLASS/, "
+                   f"not {ids[0]}")
     if (n := sum(r["id"].startswith("val/") for r in records)) > 16:
         print_once(f"val/: its {n} images are training images, among which validation is chosen")
     if n := sum(r["group"] == r["id"] for r in records):
@@ -205,7 +206,11 @@ def files_below(folder, visited):
     """The paths of all files below a folder, links followed, though no folder is visited twice."""
     visited.add(os.path.realpath(folder))
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if not entry.is_dir():
+        if entry.name.startswith(".") or entry.name == "Thumbs.db":
+            continue
+        if re.search("[\r\n\ud800-\udfff]", entry.name):  # no CSV or terminal could show it
+            raise UserError(f"Rename {entry.path!a}. Expected UTF-8 and no line breaks in names")
+        if not os.path.isdir(entry.path):  # entry.is_dir() would raise for a link to itself
             yield entry.path
         elif os.path.realpath(entry.path) not in visited:
             yield from files_below(entry.path, visited)
@@ -344,7 +349,7 @@ def list_csv(path, list_rows, findings):
     return found, findings
 
 def files_by_name(root):
-    paths = [p for p in files_below(root, set()) if IMAGE_FILE.fullmatch(os.path.basename(p))]
+    paths = [p for p in files_below(root, set()) if IMAGE_FILE.fullmatch(p)]
     by_name = {os.path.basename(path): path for path in paths}
     if len(by_name) < len(paths):
         raise UserError(f"Two images below {root} have the same name: keep one folder of images")

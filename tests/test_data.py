@@ -608,12 +608,14 @@ def test_the_audit_counts_images_and_patients_and_those_in_train_and_test(kerman
 
 @pytest.mark.parametrize("added, said", [
     ("train/NORMAL/a.tif", "left out: 1 train/NORMAL/*.tif."),
-    ("train/NORMAL/deep/below/a.DCM", "left out: 1 train/NORMAL/*.dcm."),
+    ("train/NORMAL/deep/below/a.WEBP", "left out: 1 train/NORMAL/*.webp."),
     ("test/x.png", "left out: 1 test/*.png."),
     ("train/x.jpeg", "left out: 1 train/*.jpeg."),
     ("valid/SICK/a.png", "left out: 1 valid/SICK/*.png."),
     ("test/UNLABELLED/a.png", "left out: 1 test/UNLABELLED/*.png."),
-    ("train/_spare/a.png", ""), ("train/NORMAL/notes.txt", ""), ("train/NORMAL/._a.tif", ""),
+    ("train/NORMAL/notes.txt", "left out: 1 train/NORMAL/*.txt."),
+    ("train/NORMAL/notes", "left out: 1 train/NORMAL/*."),
+    ("train/_spare/a.png", ""), ("train/NORMAL/._a.tif", ""), ("train/NORMAL/.old/a.png", ""), ("train/NORMAL/Thumbs.db", ""),
 ])
 def test_pictures_that_are_not_read_are_said_once_by_the_audit_and_in_training(kermany, capsys, added, said):
     before = [r["id"] for r in data.list_images(kermany)[0]]
@@ -664,13 +666,23 @@ def test_a_folder_named_as_the_phantoms_are_is_read_when_typed_as_a_folder(few_p
     assert "built-in" not in capsys.readouterr().out
 
 
-def test_a_pipe_and_a_dead_link_named_like_images_are_left_out(kermany, capsys):
+def test_a_pipe_and_dead_links_are_left_out(kermany, capsys):
     before = [r["id"] for r in data.list_images(kermany)[0]]
     os.mkfifo(kermany / "train/NORMAL/x.png")
     (kermany / "test/NORMAL/y.png").symlink_to("nowhere")
+    (kermany / "train/NORMAL/loop").symlink_to("loop")
     assert [r["id"] for r in data.list_images(kermany)[0]] == before
     told = capsys.readouterr().out
-    assert "left out: 1 test/NORMAL/*.png. Expected" in told and "left out: 1 train/NORMAL/*.png. Expected" in told
+    assert "left out: 2 links that lead nowhere" in told and "left out: 1 train/NORMAL/*.png. Expected" in told
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"two\nlines.png", b"two\nlines/a.png"])
+def test_a_name_that_no_csv_could_hold_is_refused(kermany, name):
+    path = Path(os.fsdecode(os.fsencode(kermany / "train/NORMAL") + b"/" + name))
+    image_file(path.parent / "a.png").rename(path)
+    with pytest.raises(data.UserError, match="Rename '.*(dce9|two.nlines)") as error:
+        data.list_images(kermany)
+    assert str(error.value).isascii() and "\n" not in str(error.value)
 
 
 # ---- images without any label

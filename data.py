@@ -57,6 +57,7 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
         raise UserError(f"{source} has the classes {names}. Expected {classes or 'at least 2'}")
     if data.multilabel and (per_class or wrong_labels):
         raise UserError(f"{source} has several findings an image: drop --per-class, --wrong-labels")
+    refuse_shared_files(records)
     if data.source not in PHANTOM_SOURCES:  # which have validation images of their own
         carve_validation(records, val_fraction)
     if per_class:  # after validation: a small subset never trains on what a large one holds back
@@ -219,6 +220,14 @@ def files_below(folder, visited):
 def hash_fraction(name):
     """A number in [0, 1) that follows from the name alone, the same on every machine."""
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:6]) / 2**48
+
+def refuse_shared_files(records):
+    """Refuse a file that links make both a training and a test image."""
+    seen = {}
+    for r in [r for r in records if r["path"]]:  # phantoms have no file
+        first = seen.setdefault(os.path.realpath(r["path"]), r)
+        if first["folder"] != r["folder"]:
+            raise UserError(f"{first['id']} and {r['id']} are the same file. Remove one of the two")
 
 def carve_validation(records, fraction):
     """Move whole patients from train to val, until every class has given up its fraction of images:
@@ -580,6 +589,7 @@ def audit(source, classes=None):
             print(f"no {split} images of {', '.join(missing)}")
     shared = {*patients["train", "all"]} & {*patients["test", "all"]}
     print("patients in both train and test:", len(shared))
+    refuse_shared_files(records)
 
 def download(folder):
     """Fetch, check, unpack. A file with another hash is never unpacked."""

@@ -1005,6 +1005,16 @@ def test_a_linked_folder_is_read_like_any_other(kermany):
     assert sorted(found) == sorted([*whole, ("train/PNEUMONIA/more/person900_virus_1.jpeg", 1, "train")])
 
 
+@pytest.mark.parametrize("link, target", [("train/NORMAL/more", "test/NORMAL"),
+                                          ("test/NORMAL/one.jpeg", "val/NORMAL/NORMAL2-IM-1427-0001.jpeg")])
+def test_a_link_between_train_and_test_is_refused(kermany, capsys, link, target):
+    (kermany / link).symlink_to(kermany / target)
+    for read in (lambda: data.load(kermany, 16), lambda: split_of(kermany, "test"), lambda: data.main([str(kermany)])):
+        with pytest.raises(data.UserError, match=f"({target}.* and {link}|{link}.* and {target}).* are the same file"):
+            read()
+    assert "patients in both train and test" in capsys.readouterr().out  # the audit counts first
+
+
 def test_a_link_in_a_circle_multiplies_no_image(kermany):
     before = [r["id"] for r in data.list_images(kermany)[0]]
     (kermany / "train/NORMAL/again").symlink_to(".", target_is_directory=True)

@@ -194,6 +194,8 @@ def list_class_folders(root, classes):
     for kind, ids in sorted(left_out.items()):
         print_once(f"left out: {len(ids)} {kind}. Expected JPEG or PNG files below train/CLASS/, "
                    f"not {ids[0]}")
+    if (root / "patients.csv").exists():
+        read_patients(root / "patients.csv", records)
     if (n := sum(r["id"].startswith("val/") for r in records)) > 16:
         print_once(f"val/: its {n} images are training images, among which validation is chosen")
     if n := sum(r["group"] == r["id"] for r in records):
@@ -220,6 +222,16 @@ def files_below(folder, visited):
 def hash_fraction(name):
     """A number in [0, 1) that follows from the name alone, the same on every machine."""
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:6]) / 2**48
+
+def read_patients(path, records):
+    """Set the patient of every image as a list of the user's own says."""
+    with explain(f"{path} needs the columns file, patient and one row per image"):
+        rows = [(row["file"], row["patient"].strip()) for row in read_csv(path)]
+        counts, patients = Counter(file for file, patient in rows if patient), dict(rows)
+        wrong = [r["id"] for r in records if counts[r["id"]] != 1]
+        assert not wrong, f"{len(wrong)} have no patient or several rows, such as {wrong[0]}"
+    for r in records:
+        r["group"] = patients[r["id"]]
 
 def refuse_shared_files(records):
     """Refuse a file that links make both a training and a test image."""

@@ -1005,6 +1005,38 @@ def test_a_linked_folder_is_read_like_any_other(kermany):
     assert sorted(found) == sorted([*whole, ("train/PNEUMONIA/more/person900_virus_1.jpeg", 1, "train")])
 
 
+@pytest.fixture
+def patients_csv(kermany):
+    """A list of patients for the public set: the same two in train, another in test."""
+    ids = [r["id"] for r in data.list_images(kermany)[0]]
+    path = kermany / "patients.csv"
+    path.write_text("file,patient\n" + "".join(f"{id},{'t' if 'test/' in id else i % 2}\n" for i, id in enumerate(ids)))
+    return path
+
+
+def test_patients_come_from_a_list(kermany, patients_csv, capsys):
+    loaded = data.load(kermany, 16, ("train", "val", "test"))
+    assert [{*split.groups} for split in (loaded.test, loaded.val, loaded.train)] in (
+        [{"t"}, {"0"}, {"1"}], [{"t"}, {"1"}, {"0"}])
+    text = audit(kermany, capsys)
+    assert "train 17 (2) 18 (2) 35 (2)" in text and "in both train and test: 0" in text
+    patients_csv.write_text(patients_csv.read_text().replace(",t", ",1"))
+    assert "in both train and test: 1" in audit(kermany, capsys)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda lines: lines[:-2], r"2 have no patient or several rows, such as val/NORMAL/\S+jpeg\)"),
+    (lambda lines: [*lines, lines[1]], r"1 have no patient or several rows, such as test/NORMAL/\S+jpeg\)"),
+    (lambda lines: [*lines[:-1], lines[-1].split(",")[0] + ","], "1 have no patient"),
+    (lambda lines: ["image,patient", *lines[1:]], "KeyError: 'file'"),
+    (lambda lines: lines[:1], "csv is empty"),
+], ids=["not named", "named twice", "no patient", "another header", "no rows"])
+def test_a_wrong_list_of_patients_is_refused(kermany, patients_csv, change, says):
+    patients_csv.write_text("\n".join(change(patients_csv.read_text().splitlines())))
+    with pytest.raises(data.UserError, match=f"patients.csv needs the columns file, patient .*{says}"):
+        data.list_images(kermany)
+
+
 @pytest.mark.parametrize("link, target", [("train/NORMAL/more", "test/NORMAL"),
                                           ("test/NORMAL/one.jpeg", "val/NORMAL/NORMAL2-IM-1427-0001.jpeg")])
 def test_a_link_between_train_and_test_is_refused(kermany, capsys, link, target):

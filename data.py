@@ -35,7 +35,7 @@ URL = ("https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/"
 SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
 PIXELS = 1  # raise it when decode, prepare or the phantoms change: caches are then made again
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # ImageNet's
-IMAGE_FILE = re.compile(r"(?i).+\.(jpe?g|png)")
+IMAGE_FILE = re.compile(r"(?i).+\.(jpe?g|png)")  # DICOM files are known by their first bytes
 # A patient's name in a path; person7_virus is another child than person7_bacteria.
 PATIENT = re.compile(r"person\d+_(?:bacteria|virus)|(?:NORMAL2-)?IM-\d+"
                      r"|(?:NORMAL|BACTERIA|VIRUS)-\d+|patient\d+")
@@ -179,7 +179,8 @@ def list_class_folders(root, classes):
         split, class_name, *below = id.split("/")  # train, NORMAL, IM-0001-0001.jpeg
         folder, rest = used_as.get(split), "/".join(below)
         is_known = class_name in names or class_name == "UNLABELLED" and folder == "train"
-        if not (folder and is_known and IMAGE_FILE.fullmatch(path.name) and path.is_file()):
+        patient = find_patient(path, rest) if path.is_file() else None
+        if not (folder and is_known and patient is not None):
             kind = "/".join([*id.split("/")[:-1][:2], f"*{path.suffix.lower()}"])
             if class_name[0] != "_":
                 left_out[kind if path.exists() else "links that lead nowhere"].append(id)
@@ -189,11 +190,10 @@ def list_class_folders(root, classes):
             if not (kind := re.search("bacteria|virus", rest.lower())):
                 raise UserError(f"--classes 3 expects bacteria or virus in {path}. Use --classes 2")
             label = 1 + (kind[0] == "virus")
-        patient = PATIENT.search(rest)
-        records.append(record(id, label, folder, str(path), patient[0] if patient else None))
+        records.append(record(id, label, folder, str(path), patient))
     for kind, ids in sorted(left_out.items()):
-        print_once(f"left out: {len(ids)} {kind}. Expected JPEG or PNG files below train/CLASS/, "
-                   f"not {ids[0]}")
+        print_once(f"left out: {len(ids)} {kind}. Expected JPEG, PNG or DICOM files below "
+                   f"train/CLASS/, not {ids[0]}")
     if (root / "patients.csv").exists():
         read_patients(root / "patients.csv", records)
     if (n := sum(r["id"].startswith("val/") for r in records)) > 16:
@@ -222,6 +222,14 @@ def files_below(folder, visited):
 def hash_fraction(name):
     """A number in [0, 1) that follows from the name alone, the same on every machine."""
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:6]) / 2**48
+
+def find_patient(path, name):
+    """The patient by the DICOM header or the name, "" if unknown, None if the file is no image."""
+    header = {} if IMAGE_FILE.fullmatch(path.name) else read_dicom(
+        path, stop_before_pixels=True, specific_tags=["PatientID"])
+    if header is not None:
+        found = PATIENT.search(name)
+        return str(header.get("PatientID") or "").strip() or (found[0] if found else "")
 
 def read_patients(path, records):
     """Set the patient of every image as a list of the user's own says."""
@@ -279,9 +287,40 @@ def surplus(records, split, n):
                 yield r
 
 # ---- decoding, the cache, prepare ----------------------------------------------------------------
+def read_dicom(path, **options):
+    """A DICOM file as pydicom reads it, or None for a file of another kind."""
+    with open(path, "rb") as file:
+        if file.read(132)[128:] != b"DICM":
+            return None
+    try:
+        from pydicom import dcmread
+    except ImportError as error:
+        raise UserError(f"{path} is a DICOM file. To read it: pip install pydicom") from error
+    with explain(f"{path} cannot be read. Repair or remove it"):
+        return dcmread(path, **options)
+
+def open_image(path):
+    """A file as a PIL image. A DICOM file becomes the greys that its window shows."""
+    file = read_dicom(path)
+    if file is None:
+        return Image.open(path)
+    from pydicom.pixels import apply_modality_lut, apply_voi
+    assert (file.get("NumberOfFrames") or 1) == 1, "it has several frames"
+    if file.SamplesPerPixel == 3:
+        return Image.fromarray(file.pixel_array)
+    greys = {"MONOCHROME1": [255, 0], "MONOCHROME2": [0, 255]}[file.PhotometricInterpretation]
+    pixels = apply_modality_lut(file.pixel_array, file)  # rescale slope and intercept
+    if file.get("WindowWidth"):  # one window, or the first of several
+        centre, width = (np.ravel(value)[0] for value in (file.WindowCenter, file.WindowWidth))
+        low, high = centre - width / 2, centre + width / 2 - 1  # by PS3.3 of DICOM, C.11.2.1.2.1
+    else:
+        pixels = apply_voi(pixels, file)  # a table of greys, if the file has one
+        low, high = pixels.min(), pixels.max()
+    return Image.fromarray(np.interp(pixels, [low, high], greys).round().astype(np.uint8))
+
 def decode(path, size, negative=False):
     """One image as (1, size, size) uint8: grey, and squashed to a square so that no lung is cut."""
-    with explain(f"{path} cannot be read. Repair or remove it"), Image.open(path) as image:
+    with explain(f"{path} cannot be read. Repair or remove it"), open_image(path) as image:
         image.draft("L", (size, size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 if that is enough
         ImageOps.exif_transpose(image, in_place=True)  # upright, if the file says how
         if image.mode.startswith("I"):  # 16 bits: 65535 becomes 255

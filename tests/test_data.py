@@ -434,6 +434,95 @@ def test_an_image_is_turned_as_its_exif_says_and_others_do_not_change_by_a_bit(t
         assert torch.equal(found, by_hand(path, 32))
 
 
+# ---- DICOM
+
+
+def dicom(path, pixels=None, syntax=None, **tags):
+    """A DICOM file of 8 or 16 bits, by default of 12 bits that its window shows as ramp(64, 48)."""
+    pydicom = pytest.importorskip("pydicom")
+    if pixels is None:
+        pixels = 600 + 3 * ramp(64, 48).astype(np.uint16)
+        scale = {"RescaleSlope": 2, "RescaleIntercept": -200}  # 1000 becomes 0, 2530 becomes 255
+        tags = {**scale, "WindowCenter": [1765.5, 9], "WindowWidth": [1531, 9], **tags}
+    file = pydicom.Dataset()
+    file.SOPClassUID, file.SOPInstanceUID = pydicom.uid.DigitalXRayImageStorageForPresentation, pydicom.uid.generate_uid()
+    file.Rows, file.Columns, file.SamplesPerPixel = *pixels.shape[:2], 1
+    file.BitsAllocated, file.BitsStored = 8 * pixels.itemsize, min(12, 8 * pixels.itemsize)
+    file.HighBit, file.PixelRepresentation, file.PhotometricInterpretation = file.BitsStored - 1, 0, "MONOCHROME2"
+    file.PatientID, file.PixelData = "", pixels.tobytes()
+    for name, value in tags.items():
+        setattr(file, name, value)
+    file.file_meta = pydicom.dataset.FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = syntax or pydicom.uid.ExplicitVRLittleEndian
+    if syntax:
+        file.PixelData = pydicom.encaps.encapsulate([b"no pixels"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file.save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_dicom_and_png_give_the_same_pixels(tmp_path):
+    pixels = ramp(64, 48)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    wanted = data.decode(tmp_path / "a.png", 32).int()
+    full = (pixels.astype(np.uint16) - pixels.min()) * 16  # no window: its full range is shown
+    scaled = (full / full.max() * 255).round().astype(np.uint8)
+    Image.fromarray(scaled).save(tmp_path / "full.png")
+    colour = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
+    for path, target in (
+        (dicom(tmp_path / "window.dcm"), wanted),
+        (dicom(tmp_path / "inverted.DICOM", 255 - pixels, PhotometricInterpretation="MONOCHROME1",
+               WindowCenter=128, WindowWidth=256), wanted),
+        (dicom(tmp_path / "full", full), data.decode(tmp_path / "full.png", 32).int()),
+        (dicom(tmp_path / "colour.dcm", pixels[:, :, None].repeat(3, 2), **colour), wanted),
+    ):
+        assert (data.decode(path, 32).int() - target).abs().max() <= 1, path.name
+
+
+def test_dicom_is_clipped_to_its_window(tmp_path):
+    pixels = np.array([[0, 1000, 1500, 2000, 4000]] * 5, np.uint16)
+    grey = data.decode(dicom(tmp_path / "a.dcm", pixels, WindowCenter=1500.5, WindowWidth=1001), 5)
+    assert grey[0, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_patients_come_from_dicom_headers(tmp_path):
+    for i in range(12):  # the names tell other patients, or none
+        dicom(tmp_path / f"set/train/NORMAL/patient{i}.dcm", PatientID=f"P{i % 4}")
+        dicom(tmp_path / f"set/train/SICK/1.2.840.{i}", PatientID=f"P{i % 4}")
+    dicom(tmp_path / "set/train/SICK/patient7.Dcm")
+    dicom(tmp_path / "set/train/SICK/unknown")
+    loaded = data.load("set", 16, val_fraction=0.3)
+    groups = [{*loaded.train.groups}, {*loaded.val.groups}]
+    assert groups[0] | groups[1] == {"P0", "P1", "P2", "P3", "patient7", "train/SICK/unknown"}
+    assert not groups[0] & groups[1] and len(loaded.train.ids) + len(loaded.val.ids) == 26
+
+
+def test_only_the_header_is_read_for_the_patient(tmp_path):
+    path = dicom(tmp_path / "a", syntax="1.2.840.10008.1.2.4.80", PatientID="P1")
+    path.write_bytes(path.read_bytes()[:-12])  # whoever reads on comes to an end that is missing
+    assert data.find_patient(path, "a") == "P1"
+
+
+def test_dicom_without_pydicom_is_one_line(tmp_path, monkeypatch):
+    path = dicom(tmp_path / "set/train/NORMAL/a.dcm")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    for read in (lambda: data.list_images("set"), lambda: data.decode(path, 16)):
+        with pytest.raises(data.UserError, match="a.dcm is a DICOM file.*pip install pydicom"):
+            read()
+
+
+def test_dicom_that_cannot_be_shown_is_one_line(tmp_path):
+    square = np.zeros((8, 8), np.uint8)
+    cut = dicom(tmp_path / "cut.dcm")
+    cut.write_bytes(cut.read_bytes()[:-5000])
+    for path, why in ((dicom(tmp_path / "frames.dcm", square, Rows=4, NumberOfFrames=2), "several frames"),
+                      (dicom(tmp_path / "palette.dcm", square, PhotometricInterpretation="PALETTE COLOR"), "PALETTE COLOR"),
+                      (dicom(tmp_path / "coded.dcm", syntax="1.2.840.10008.1.2.4.80"), "decompress 'JPEG-LS"), (cut, "")):
+        with pytest.raises(data.UserError, match=f"{path.name} cannot be read.*{why}") as error:
+            data.decode(path, 16)
+        assert "\n" not in str(error.value)
+
+
 # ---- labels that are wrong, and labels that are hidden
 
 
@@ -614,6 +703,7 @@ def test_the_audit_counts_images_and_patients_and_those_in_train_and_test(kerman
     ("valid/SICK/a.png", "left out: 1 valid/SICK/*.png."),
     ("test/UNLABELLED/a.png", "left out: 1 test/UNLABELLED/*.png."),
     ("train/NORMAL/notes.txt", "left out: 1 train/NORMAL/*.txt."),
+    ("train/NORMAL/no preamble.DCM", "left out: 1 train/NORMAL/*.dcm."),
     ("train/NORMAL/notes", "left out: 1 train/NORMAL/*."),
     ("train/_spare/a.png", ""), ("train/NORMAL/._a.tif", ""), ("train/NORMAL/.old/a.png", ""), ("train/NORMAL/Thumbs.db", ""),
 ])
@@ -623,7 +713,7 @@ def test_pictures_that_are_not_read_are_said_once_by_the_audit_and_in_training(k
     (kermany / added).write_bytes((kermany / before[0]).read_bytes())
     assert [r["id"] for r in data.list_images(kermany)[0]] == before
     told = capsys.readouterr().out
-    assert said in told and told.count("\n") == bool(said) == told.count("Expected JPEG or PNG files below train/CLASS/")
+    assert said in told and told.count("\n") == bool(said) == told.count("Expected JPEG, PNG or DICOM files below train/CLASS/")
     data.print_once.cache_clear()
     assert said in audit(kermany, capsys)
     data.load(kermany, 16)

@@ -8,7 +8,6 @@ There is no Dataset, no DataLoader and no worker: a batch is `images[rows]`.
 """
 
 import argparse
-import ast
 import csv
 import functools
 import hashlib
@@ -20,7 +19,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -46,29 +45,29 @@ class UserError(ValueError):
 # ---- load: from a folder to tensors --------------------------------------------------------------
 def load(source, size, splits=("train", "val"), per_class=None, labels_per_class=None, classes=None,
          val_fraction=0.1, wrong_labels=0.0, unlabelled=True, cache="cache"):
-    """The splits asked for (only evaluate.py asks for "test"), each with .images (N, 1, size, size)
-    uint8, .labels, .ids and .groups (patients); row i is image i in all of them. labels: (N,) class
-    indices, -1 for none; where an image may have several findings (data.multilabel), (N, K) floats
-    0, 1 or NaN, unknown. unlabelled: whether training images stay that have no label left."""
+    """Return the splits, each with .images (N, 1, size, size) uint8, .labels, .ids, and .groups for
+    patients. Row i is image i in all of them. Only evaluate.py and plots.py load "test". labels:
+    (N,) class indices, -1 if unknown; or, if an image may have several findings (data.multilabel),
+    (N, K) floats 0, 1 or NaN. unlabelled: whether to keep training images without a label."""
     records, names = list_images(str(source), classes)
     data = SimpleNamespace(classes=names, source=str(source), fingerprints={},
                            multilabel=any(isinstance(r["label"], list) for r in records))
     if len(names) < 2 or classes not in (None, len(names)):
         raise UserError(f"{source} has the classes {names}. Expected {classes or 'at least 2'}")
     if data.multilabel and (per_class or wrong_labels):
-        raise UserError(f"{source} has several findings an image: drop --per-class, --wrong-labels")
+        raise UserError(f"{source} has findings: --per-class and --wrong-labels need classes")
     refuse_shared_files(records)
-    if data.source not in PHANTOM_SOURCES:  # which have validation images of their own
+    if data.source not in PHANTOM_SOURCES:  # these have validation images of their own
         carve_validation(records, val_fraction)
     if per_class:  # after validation: a small subset never trains on what a large one holds back
-        keep_per_class(records, names, per_class, val_fraction)
+        keep_per_class(records, per_class, val_fraction)
     for r in records:
         if r["split"] == "train" and r["chance"] < wrong_labels and r["label"] != -1:
             r["label"] = (r["label"] + 1) % len(names)
-    for split in ("train", "val", "test"):  # before labels are hidden: a baseline's are the same
+    for split in ("train", "val", "test"):  # before labels are hidden, so that a gain is possible
         facts = [(r["id"], r["bytes"], r["label"]) for r in records if r["split"] == split]
         data.fingerprints[split] = fingerprint(facts)
-    if labels_per_class is not None:  # of several findings: so many times their number of images
+    if labels_per_class is not None:
         n_labels = labels_per_class * (len(names) if data.multilabel else 1)
         for r in surplus(records, "train", n_labels):
             r["label"] = -1
@@ -78,18 +77,11 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
     data.n_wrong = sum(r["chance"] < wrong_labels and r["label"] != -1
                        for r in records if r["split"] == "train")
     data.test_groups = {r[key] for r in records if r["split"] == "test" for key in ("group", "id")}
-    for split in (*splits, "test"):  # what evaluate.py will refuse is said before training
+    for split in splits:
         kinds = {r["kind"] for r in records if r["split"] == split}
         needed = names[:1] if data.multilabel else names
-        missing = ", ".join(name for k, name in enumerate(needed) if k not in kinds)
-        if missing and split in splits:
-            raise UserError(f"{source} has no {split} images of {missing}. Add other patients")
-        if missing:
-            print_once(f"{source} has no test images of {missing}: evaluate.py will need some")
-    shared = data.test_groups & {r["group"] for r in records if r["folder"] != "test"}
-    if shared and "test" not in splits:
-        print_once(f"{len(shared)} patients of {source} are in both train and test, such as "
-                   f"{min(shared)}: evaluate.py refuses runs that have learned from them")
+        if missing := [name for k, name in enumerate(needed) if k not in kinds]:
+            raise UserError(f"{source} has no {split} images of {', '.join(missing)}. Add patients")
     for split in splits:
         setattr(data, split, load_split(data, records, split, size, cache))
     return data
@@ -103,23 +95,21 @@ def load_as(config, size, splits, cache, source=None):
 
 def load_split(data, records, split, size, cache):
     """Return one split as tensors: rows of the cached array that holds all images of its folder.
-
     Names and lengths of files do not identify images, so the pixels are hashed too (250 MB take
-    0.2 seconds): for the config of a run, with the images that a baseline leaves out because they
-    have no label, and as .key for files of features and logits."""
+    0.2 seconds), for the run's config and as .key for files of features and logits."""
     chosen = [r for r in records if r["split"] == split]
     folder = [r for r in records if r["folder"] == chosen[0]["folder"]]
     drawn = data.source in PHANTOM_SOURCES
     place = data.source if drawn else os.path.realpath(data.source)
     # `changed` also holds the time when a file's metadata changed, which no copying tool restores.
-    key = fingerprint(PIXELS, place, size,
-                      [(r["id"], r["bytes"], r["changed"], r["negative"]) for r in folder])
+    key = fingerprint(PIXELS, place, size, [(r["id"], r["bytes"], r["changed"]) for r in folder])
     path = Path(cache, f"{os.path.basename(place)}-{chosen[0]['folder']}-{size}-{key}.npy")
     blocks = draw_blocks(folder, size) if drawn else decode_blocks(folder, size)
-    pixels = cached_array(path, len(folder), blocks)  # (all images of the folder, 1, size, size)
+    shape = (len(folder), 1 + drawn, size, size)  # all images of the folder; phantoms with masks
+    pixels = cached_array(path, "uint8", shape, blocks)
     digest = hashlib.sha256()
     for i, r in enumerate(folder):
-        if r["split"].startswith(split):
+        if r["split"].startswith(split):  # also "train, left out": a gain needs equal hashes
             digest.update(pixels[i, :1].numpy())
     data.fingerprints[f"{split}_pixels"] = digest.hexdigest()[:16]
     rows = torch.tensor([i for i, r in enumerate(folder) if r["split"] == split])
@@ -133,7 +123,7 @@ def load_split(data, records, split, size, cache):
     return images
 
 def list_images(source, classes=None):
-    """A record for every image, and the names of the classes; nothing is decoded yet."""
+    """Return a record for every image, and the names of the classes. Nothing is decoded yet."""
     root = existing_folder(source)
     if source in PHANTOM_SOURCES:
         return list_phantoms(source), PHANTOM_SOURCES[source]
@@ -145,10 +135,8 @@ def list_images(source, classes=None):
     return records, names
 
 def existing_folder(source):
-    """The folder of a data set, or an error that says what was expected there."""
+    """Return the folder of a data set, or say what was expected there."""
     root = Path(source)
-    if source in PHANTOM_SOURCES and root.is_dir():
-        print_once(f"--data {source}: the built-in images. Write ./{source} for the folder")
     for folder in (root, root / "chest_xray"):  # archives hold one folder more, or a copy inside
         if source in PHANTOM_SOURCES or known_csvs(folder) or (folder / "train").is_dir():
             return folder
@@ -158,16 +146,16 @@ def existing_folder(source):
                     "needs another folder. To fetch one: python data.py --download data/chest_xray")
 
 # ---- class folders -------------------------------------------------------------------------------
-def record(id, label, folder, path=None, group=None, negative=False, **more):
-    """label: a class index, -1 for none, or a list of 0, 1 or NaN, one a finding. kind: the class,
-    whatever becomes of the label. folder: as the set has it; split: where the image is used."""
+def record(id, label, folder, path=None, group=None, **more):
+    """label: a class index, -1 for none, or a list of 0, 1 or NaN per finding. kind: the class,
+    even if its label is hidden. chance: the label is made wrong if this is below --wrong-labels."""
     return {"id": id, "label": label, "kind": label if isinstance(label, int) else 0, "path": path,
-            "folder": folder, "split": folder, "group": group or id, "negative": negative,
-            "chance": hash_fraction(f"wrong {id}"), **more}  # --wrong-labels above it: a wrong one
+            "folder": folder, "split": folder, "group": group or id,
+            "chance": hash_fraction(f"wrong {id}"), **more}
 
 def list_class_folders(root, classes):
-    """Kermany's set, MURA v1.1, or folders like theirs; train/UNLABELLED has no labels. Test images
-    lie in `test`, or else `valid` (MURA's). Kaggle's `val` holds 16, too few: they go to train."""
+    """List Kermany's set, MURA v1.1, or folders like theirs. Test images are in `test` or else in
+    `valid` (MURA). `val` joins the training images, because Kaggle's copy has only 16 there."""
     there = [split for split in ("train", "val", "test", "valid") if (root / split).is_dir()]
     used_as = {"train": "train", "val": "train", "test" if "test" in there else "valid": "test"}
     names = {d.name for split in used_as for d in (root / split).glob("[!._]*/")} - {"UNLABELLED"}
@@ -197,16 +185,16 @@ def list_class_folders(root, classes):
     if (root / "patients.csv").exists():
         read_patients(root / "patients.csv", records)
     if (n := sum(r["id"].startswith("val/") for r in records)) > 16:
-        print_once(f"val/: its {n} images are training images, among which validation is chosen")
+        print_once(f"val/: its {n} images join the training images, a share of which validates")
     if n := sum(r["group"] == r["id"] for r in records):
-        print_once(f"{n} of {len(records)} file names tell no patient: each counts as a patient")
+        print_once(f"{n} of {len(records)} images have no known patient: each counts as one")
     if len(names) == 2 and names[0].upper() != "NORMAL":
         print_once(f"positive: {names[1]}. If that is the healthy class, rename its folder NORMAL")
     names = [name.removeprefix("XR_") for name in names]
     return records, ["NORMAL", "BACTERIAL", "VIRAL"] if three else names
 
 def files_below(folder, visited):
-    """The paths of all files below a folder, links followed, though no folder is visited twice."""
+    """Yield the paths of all files below a folder. Links are followed, but no folder twice."""
     visited.add(os.path.realpath(folder))
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith(".") or entry.name == "Thumbs.db":
@@ -220,38 +208,40 @@ def files_below(folder, visited):
 
 # ---- patients and splits -------------------------------------------------------------------------
 def hash_fraction(name):
-    """A number in [0, 1) that follows from the name alone, the same on every machine."""
+    """Return a number in [0, 1) that depends on the name only, the same on every machine."""
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:6]) / 2**48
 
 def find_patient(path, name):
-    """The patient by the DICOM header or the name, "" if unknown, None if the file is no image."""
+    """Return the patient by the DICOM header or the name, "" if unknown, None if it is no image."""
     header = {} if IMAGE_FILE.fullmatch(path.name) else read_dicom(
         path, stop_before_pixels=True, specific_tags=["PatientID"])
-    if header is not None:
-        found = PATIENT.search(name)
-        return str(header.get("PatientID") or "").strip() or (found[0] if found else "")
+    if header is None:
+        return None
+    found = PATIENT.search(name)
+    return str(header.get("PatientID") or "").strip() or (found[0] if found else "")
 
 def read_patients(path, records):
-    """Set the patient of every image as a list of the user's own says."""
+    """Take the patient of every image from a list of the user's own."""
     with explain(f"{path} needs the columns file, patient and one row per image"):
         rows = [(row["file"], row["patient"].strip()) for row in read_csv(path)]
         counts, patients = Counter(file for file, patient in rows if patient), dict(rows)
         wrong = [r["id"] for r in records if counts[r["id"]] != 1]
-        assert not wrong, f"{len(wrong)} have no patient or several rows, such as {wrong[0]}"
+        if wrong:
+            raise ValueError(f"{len(wrong)} have no patient or several rows, such as {wrong[0]}")
     for r in records:
         r["group"] = patients[r["id"]]
 
 def refuse_shared_files(records):
     """Refuse a file that links make both a training and a test image."""
     seen = {}
-    for r in [r for r in records if r["path"]]:  # phantoms have no file
-        first = seen.setdefault(os.path.realpath(r["path"]), r)
+    for r in records:
+        first = seen.setdefault(os.path.realpath(r["path"]) if r["path"] else r["id"], r)
         if first["folder"] != r["folder"]:
             raise UserError(f"{first['id']} and {r['id']} are the same file. Remove one of the two")
 
 def carve_validation(records, fraction):
-    """Move whole patients from train to val, until every class has given up its fraction of images:
-    a child on both sides would be recognised. Their images without a label are used nowhere."""
+    """Move whole patients from train to val until every class has given up its fraction of images.
+    A child in both splits would be recognised. Unlabelled images of these patients are not used."""
     patients = defaultdict(list)
     for r in records:
         if r["split"] == "train":
@@ -264,21 +254,17 @@ def carve_validation(records, fraction):
                 r["split"] = "val" if r["kind"] >= 0 else "unused"
                 wanted[r["kind"]] -= 1
 
-def keep_per_class(records, names, per_class, val_fraction):
-    """Leave at most so many images of each class, train and val together; print what is missing."""
+def keep_per_class(records, per_class, val_fraction):
+    """Keep at most `per_class` images of each class in train and val together."""
     wanted = {"train": per_class}
     if all(r["folder"] != "val" for r in records):  # phantoms keep their own validation images
         wanted["val"] = min(per_class - 1, max(1, round(val_fraction * per_class)))
         wanted["train"] -= wanted["val"]
     for r in [r for split, n in wanted.items() for r in surplus(records, split, n)]:
         r["split"] = "unused"
-    found = Counter(r["kind"] for r in records if r["split"] in wanted)
-    for k, name in enumerate(names):
-        if found[k] < per_class:
-            print_once(f"--per-class {per_class}: only {found[k]} images of {name}")
 
 def surplus(records, split, n):
-    """Of every class the images of a split beyond n, in an order that follows from their names."""
+    """Yield the images of a split beyond the first n of each class, ordered by a hash of names."""
     seen = Counter()
     for r in sorted(records, key=lambda r: hash_fraction(r["id"])):
         if r["split"] == split and r["kind"] >= 0:
@@ -288,7 +274,7 @@ def surplus(records, split, n):
 
 # ---- decoding, the cache, prepare ----------------------------------------------------------------
 def read_dicom(path, **options):
-    """A DICOM file as pydicom reads it, or None for a file of another kind."""
+    """Return a DICOM file as pydicom reads it, or None for another kind of file."""
     with open(path, "rb") as file:
         if file.read(132)[128:] != b"DICM":
             return None
@@ -300,12 +286,13 @@ def read_dicom(path, **options):
         return dcmread(path, **options)
 
 def open_image(path):
-    """A file as a PIL image. A DICOM file becomes the greys that its window shows."""
+    """Return a file as a PIL image. A DICOM file becomes the grey levels that its window shows."""
     file = read_dicom(path)
     if file is None:
         return Image.open(path)
     from pydicom.pixels import apply_modality_lut, apply_voi
-    assert (file.get("NumberOfFrames") or 1) == 1, "it has several frames"
+    if int(file.get("NumberOfFrames") or 1) > 1:
+        raise ValueError("it has several frames")
     if file.SamplesPerPixel == 3:
         return Image.fromarray(file.pixel_array)
     greys = {"MONOCHROME1": [255, 0], "MONOCHROME2": [0, 255]}[file.PhotometricInterpretation]
@@ -318,38 +305,36 @@ def open_image(path):
         low, high = pixels.min(), pixels.max()
     return Image.fromarray(np.interp(pixels, [low, high], greys).round().astype(np.uint8))
 
-def decode(path, size, negative=False):
-    """One image as (1, size, size) uint8: grey, and squashed to a square so that no lung is cut."""
+def decode(path, size):
+    """Return an image as (1, size, size) uint8: grey, and squashed, so that no lung is cut off."""
     with explain(f"{path} cannot be read. Repair or remove it"), open_image(path) as image:
         image.draft("L", (size, size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 if that is enough
         ImageOps.exif_transpose(image, in_place=True)  # upright, if the file says how
         if image.mode.startswith("I"):  # 16 bits: 65535 becomes 255
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         grey = image.convert("L").resize((size, size), Image.Resampling.BILINEAR)  # antialiased
-    pixels = torch.from_numpy(np.array(grey))[None]
-    return 255 - pixels if negative else pixels
+    return torch.from_numpy(np.array(grey))[None]
 
 def decode_blocks(records, size):
     """Yield the images as arrays (up to 512, 1, size, size)."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes without holding Python's lock
         for start in progress(range(0, len(records), 512), "decoding images, blocks of 512"):
             block = records[start : start + 512]
-            yield np.stack([*pool.map(lambda r: decode(r["path"], size, r["negative"]), block)])
+            yield np.stack([*pool.map(lambda r: decode(r["path"], size), block)])
 
-def cached_array(path, n, blocks):
-    """A tensor of n rows, kept in `path`: mapped from there, or first written from its blocks."""
+def cached_array(path, dtype, shape, blocks):
+    """Return the tensor that a file holds. If it is missing, write it from its blocks first."""
     if not path.exists():
         with atomic(path) as temporary, open(temporary, "wb") as file:
-            for i, block in enumerate(blocks):
-                if i == 0:
-                    np.lib.format.write_array_header_1_0(file, {
-                        "descr": block.dtype.str, "fortran_order": False,
-                        "shape": (n, *block.shape[1:])})
+            np.lib.format.write_array_header_1_0(file, {
+                "descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+            for block in blocks:
                 file.write(np.ascontiguousarray(block))
     with explain(f"{path} is damaged; delete it, and it is made again"):
-        rows = np.load(path, mmap_mode="c")  # pages are read when rows are: it may exceed memory
-        if len(rows) != n or rows.offset + rows.nbytes != path.stat().st_size:
-            raise ValueError("it has other rows")
+        rows = np.load(path, mmap_mode="c")  # read from disk row by row: it may exceed memory
+        if ((rows.dtype, rows.shape, rows.flags.c_contiguous) != (np.dtype(dtype), shape, True)
+                or rows.offset + rows.nbytes != path.stat().st_size):
+            raise ValueError(f"expected {dtype} of the shape {shape}")
         return torch.from_numpy(rows)
 
 def prepare(images, device, affines=None):
@@ -366,36 +351,32 @@ def prepare(images, device, affines=None):
 
 @functools.cache
 def normalisation(device, mean, std):
-    """(x / 255 - mean) / std as one product and one sum: shift + x * scale, copied once."""
+    """Return shift and scale with (x / 255 - mean) / std = shift + x * scale, copied once."""
     return (-mean / std).to(device), (1 / (255 * std)).to(device)
 
 def random_affines(n, generator):
-    """(n, 2, 3): a small rotation, zoom and shift an image. No flips: the heart has a side."""
+    """Return (n, 2, 3), a small rotation, zoom and shift per image. A flip would move the heart."""
     angle, zoom, across, down = torch.rand(4, n, generator=generator) * 2 - 1
     angle, zoom = 0.12 * angle, 1 + 0.08 * zoom  # 7 degrees, 8 percent
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     return torch.stack([cos, -sin, 0.06 * across, sin, cos, 0.06 * down], dim=1).view(n, 2, 3)
 
-# ---- the three public sets with several findings an image, by their CSVs -------------------------
+# ---- two public sets with several findings per image, by their CSVs ------------------------------
 CHESTXRAY14 = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule",
                "Pneumonia", "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis",
                "Pleural_Thickening", "Hernia"]  # in the order of its authors
 CHEXPERT = ["Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
             "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
             "Pleural Other", "Fracture", "Support Devices"]
-PADCHEST = ["atelectasis", "cardiomegaly", "pleural effusion", "infiltrates", "mass", "nodule",
-            "pneumonia", "pneumothorax", "consolidation", "interstitial pattern", "emphysema",
-            "pulmonary fibrosis", "pleural thickening", "hiatal hernia"]
 
 def known_csvs(root):
-    """Of each known CSV in a folder: its path, what lists its images, its findings."""
-    sets = (("Data_Entry_2017*.csv", list_chestxray14, CHESTXRAY14),
-            ("valid.csv", list_chexpert, CHEXPERT), ("PADCHEST*.csv", list_padchest, PADCHEST))
-    return [(path, *how) for pattern, *how in sets  # newest first: Data_Entry_2017_v2020.csv
-            for path in sorted(root.glob(pattern), reverse=True)]
+    """Return, per known CSV in a folder, its path, the function that lists it, and its findings."""
+    newest_first = sorted(root.glob("Data_Entry_2017*.csv"), reverse=True)  # ..._v2020.csv
+    return [*((path, list_chestxray14, CHESTXRAY14) for path in newest_first),
+            *((path, list_chexpert, CHEXPERT) for path in root.glob("valid.csv"))]
 
 def list_csv(path, list_rows, findings):
-    """A record for every image that a CSV names and that is there."""
+    """Return a record for every image that a CSV names and that is there, and the findings."""
     with explain(f"{path} is not the CSV that its authors published; fetch it again"):
         records = list(list_rows(path))
     found = [r for r in records if r["path"] and os.path.isfile(r["path"])]
@@ -403,7 +384,7 @@ def list_csv(path, list_rows, findings):
         raise UserError(f"No image of {path} is below {path.parent}. Unpack them there")
     (id, n), = Counter(r["id"] for r in records).most_common(1)
     if n > 1:
-        raise UserError(f"{path} has {n} rows of {id}. Expected one an image; fetch it again")
+        raise UserError(f"{path} has {n} rows of {id}. Expected one per image; fetch it again")
     if n := len(records) - len(found):
         print_once(f"{n} images of the CSV are not in {path.parent}: left out")
     return found, findings
@@ -416,7 +397,7 @@ def files_by_name(root):
     return by_name
 
 def list_chestxray14(path):
-    """ChestX-ray14: findings separated by |. Two lists name every image: if not, one is cut off."""
+    """List ChestX-ray14: findings separated by |. Two lists beside it name every image."""
     paths = files_by_name(path.parent)
     with explain(f"test_list.txt and train_val_list.txt are expected beside {path}; fetch both"):
         splits = {id: split for split, name in (("train", "train_val_list"), ("test", "test_list"))
@@ -430,7 +411,7 @@ def list_chestxray14(path):
                      row["Patient ID"])
 
 def list_chexpert(path):
-    """CheXpert: 1.0, 0.0, -1.0 (uncertain: unknown) or empty (0). Its valid.csv is our test set."""
+    """List CheXpert: 1.0, 0.0, -1.0 (unknown) or empty (0). Its valid.csv is our test set."""
     values = {"": 0.0, "0.0": 0.0, "1.0": 1.0, "-1.0": torch.nan}
     for name, split in (("train.csv", "train"), ("valid.csv", "test")):
         for row in read_csv(path.with_name(name)):
@@ -439,28 +420,14 @@ def list_chexpert(path):
                 yield record(id, [values[row[finding]] for finding in CHEXPERT], split,
                              os.path.join(path.parent, id.split("/", 1)[1]), PATIENT.search(id)[0])
 
-def list_padchest(path):
-    """PadChest: a Python list in a cell; 16-bit files, some negatives. Side views, images without a
-    report or to "exclude" are left out. A tenth of the patients, by name, is the test set."""
-    paths = files_by_name(path.parent)
-    for row in read_csv(path):
-        id, patient = row["ImageID"], row["PatientID"]
-        words = ast.literal_eval(row["Labels"] or "[]")
-        assert patient and isinstance(words, list), f"{id}, PatientID {patient}, Labels {words}"
-        found = [word.strip() for word in words if word]
-        if row["Projection"] in ("PA", "AP", "AP_horizontal") and found and "exclude" not in found:
-            split = "test" if hash_fraction(f"test {patient}") < 0.1 else "train"
-            yield record(id, [float(name in found) for name in PADCHEST], split, paths.get(id),
-                         patient, row["PhotometricInterpretation_DICOM"] == "MONOCHROME1")
-
 # ---- phantoms: chest X-rays drawn here -----------------------------------------------------------
 PHANTOM_SOURCES = {"phantoms": ["NORMAL", "PNEUMONIA"],
                    "findings": ["OPACITY", "LARGE_HEART", "FLUID"]}  # several findings an image
 PHANTOMS = {"train": (640, 11), "val": (160, 12), "test": (600, 16)}  # images, seed
 
 def phantoms(n, size, seed):
-    """n drawn chest X-rays: images (n, 1, size, size) uint8, labels (n,), masks (n, size, size).
-    Half show pneumonia: one to three hazy opacities in the lungs, where the mask is True."""
+    """Draw n chest X-rays: images (n, 1, size, size) uint8, labels (n,), masks (n, size, size).
+    Half of them show pneumonia: one to three hazy opacities, where the mask is True."""
     labels = torch.arange(n) % 2
     images, masks, _ = draw(n, size, seed, labels[:, None].float())
     return images, labels, masks
@@ -478,13 +445,13 @@ def list_phantoms(source):
     return records
 
 def draw_blocks(records, size):
-    """Yield one array (n, 2, size, size): the phantoms of a split, and 255 on their opacities."""
+    """Yield one array (n, 2, size, size): the phantoms of a split, and 255 where opacities are."""
     shows = torch.tensor([r["shows"] for r in records]).float().view(len(records), -1)
     images, masks, _ = draw(len(records), size, records[0]["bytes"], shows)
     yield torch.cat([images, 255 * masks[:, None].to(torch.uint8)], 1).numpy()
 
 def draw(n, size, seed, findings):
-    """images, masks of the opacities, masks of the lungs. findings: (n, 1 or 3) of 0 and 1."""
+    """Return images, masks of opacities and masks of lungs. findings: (n, 1 or 3) of 0 and 1."""
     chests = random_chests(n, seed, findings)
     drawn = [draw_chest({name: value[i] for name, value in chests.items()}, size)
              for i in progress(range(n), "drawing phantoms")]
@@ -492,8 +459,7 @@ def draw(n, size, seed, findings):
     return images[:, None], masks, lungs
 
 def random_chests(n, seed, findings):
-    """The shapes of n chests, {name: (n, ...)}: the same at every size, so that a teacher may see
-    them at 112 pixels and its student at 80."""
+    """Return the shapes of n chests, {name: (n, ...)}, which are the same at every size."""
     g = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
@@ -517,7 +483,7 @@ def random_chests(n, seed, findings):
     return chests
 
 def draw_chest(chest, size):
-    """image (size, size) uint8, mask of the opacities, mask of the lungs, of one chest."""
+    """Draw one chest: image (size, size) uint8, mask of the opacities, mask of the lungs."""
     across = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres, from -1 to 1
     down, right = torch.meshgrid(across, across, indexing="ij")
     cos, sin = chest["angle"].cos(), chest["angle"].sin()
@@ -547,37 +513,40 @@ def draw_chest(chest, size):
     return (255 * image.clamp(0, 1)).to(torch.uint8), mask, lungs > 0.5
 
 # ---- small helpers that all scripts share --------------------------------------------------------
-print_once = functools.cache(print)  # load(), called again at a teacher's size, would repeat it
+print_once = functools.cache(print)  # load() is called again at a teacher's size
 
 def cli(main):
-    """Call a script's main: a user's mistake is one line and exit code 1, ours a traceback."""
+    """Call a script's main. A user's mistake is one line and exit code 1, ours a traceback."""
     try:
         main()
+        sys.stdout.flush()  # here and not at exit, where a broken pipe could not be caught
+    except BrokenPipeError:  # such as `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    except (MemoryError, RuntimeError) as error:  # a CPU's has no type of its own
-        if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
-            raise
-        sys.exit("error: out of memory. Lower --batch-size or --size")
     except KeyboardInterrupt:
-        sys.exit("stopped; train.py goes on from the epoch it saved last")
+        sys.exit("stopped; train.py resumes from the last saved epoch")
 
 @contextmanager
 def explain(sentence):
-    """Make one UserError of what a damaged or foreign file raises inside the block."""
+    """Turn whatever a damaged or foreign file raises inside the block into one UserError."""
     try:
         yield
     except (UserError, NameError, ImportError, ZeroDivisionError, MemoryError):
-        raise  # which no file raises: a mistake of ours keeps its traceback
+        raise  # no file raises these: a mistake of ours keeps its traceback
     except Exception as error:
         text = " ".join(str(error).split())[:150] or "no more is known"
         raise UserError(f"{sentence} ({type(error).__name__}: {text})") from error
 
 @contextmanager
 def atomic(path):
-    """A name to write to; the file takes its place at `path` only once it is whole."""
+    """Yield a name to write to. The file is moved to `path` only once it is complete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):  # another process may remove them first
+        for part in path.parent.glob(".*.part"):  # of processes that were killed while they wrote
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         yield temporary
@@ -585,9 +554,8 @@ def atomic(path):
     finally:
         temporary.unlink(missing_ok=True)
 
-def progress(items, text, total=None, sums=None):
-    """Pass `items` on; say on one line of a terminal, elsewhere once a minute, how far they are.
-    sums: running sums on a device, of the losses of images first, and last of the images."""
+def progress(items, text, total=None):
+    """Pass `items` on and show how far they are, in a terminal or else once per minute."""
     total = len(items) if total is None else total
     start = shown = time.perf_counter()
     every, begin, end = (0.5, "\r\033[K", "") if sys.stdout.isatty() else (60, "", "\n")
@@ -595,16 +563,14 @@ def progress(items, text, total=None, sums=None):
         now = time.perf_counter()
         if done and now - shown > every:
             shown = now
-            loss, *_, n = [0, 0] if sums is None else sums.tolist()
-            speed = f"loss {loss / n:.2f}  {n / (now - start):.0f} images/s  " if n else ""
             minutes, seconds = divmod(round((now - start) / done * (total - done)), 60)
-            line = f"{begin}{text}  {done}/{total}  {speed}{minutes}:{seconds:02} left"
+            line = f"{begin}{text}  {done}/{total}  {minutes}:{seconds:02} left"
             print(line, end=end, flush=True)
         yield item
     print(begin, end="", flush=True)
 
 def mean(value):
-    """Of several findings, leaving out those that could not be judged; of one figure itself."""
+    """Return the mean over findings, without those that are NaN; a single figure as it is."""
     return float(torch.as_tensor(value, dtype=torch.float64).nanmean())
 
 def read_csv(path):
@@ -614,15 +580,15 @@ def read_csv(path):
     return rows
 
 def fingerprint(*facts):
-    """16 hex digits that change when any of the facts does."""
+    """Return 16 hex digits that change when any of the facts does."""
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The script's docstring as it was typed, then every flag with its default."""
+    """Show the script's docstring as it is, then every flag with its default."""
 
 # ---- audit, download, the command line -----------------------------------------------------------
 def audit(source, classes=None):
-    """Count images and patients; say what would make a result on them less than it seems."""
+    """Count images and patients, and report what would make results on them doubtful."""
     records, names = list_images(source, classes)
     patients = defaultdict(list)  # (split, column): the patient of each image
     for r in records:
@@ -632,18 +598,15 @@ def audit(source, classes=None):
         patients[r["split"], "all"].append(r["group"])
     columns = [*names, *["UNLABELLED"] * (("train", "UNLABELLED") in patients), "all"]
     print("images (patients)", *(f"{name:>17}" for name in columns), sep="  ")
-    for split in [split for split in ("train", "val", "test") if patients[split, "all"]]:
+    for split in [split for split in ("train", "val", "test") if (split, "all") in patients]:
         cells = [f"{len(patients[split, c])} ({len({*patients[split, c]})})" for c in columns]
         print(f"{split:<17}", *(f"{cell:>17}" for cell in cells), sep="  ")
-    for split in ("train", "test"):
-        if missing := [name for name in names if not patients[split, name]]:
-            print(f"no {split} images of {', '.join(missing)}")
     shared = {*patients["train", "all"]} & {*patients["test", "all"]}
     print("patients in both train and test:", len(shared))
     refuse_shared_files(records)
 
 def download(folder):
-    """Fetch, check, unpack. A file with another hash is never unpacked."""
+    """Fetch, check and unpack the public set. A file with another hash is never unpacked."""
     folder = Path(folder).resolve()
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty. Choose a new folder to unpack into")
@@ -657,7 +620,7 @@ def download(folder):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
-    p.add_argument("folder", metavar="DIR", help="a folder to audit, or phantoms")
+    p.add_argument("folder", metavar="FOLDER", help="a folder to audit, or phantoms")
     p.add_argument("--classes", type=int, choices=[2, 3], help="3: normal, bacterial, viral")
     p.add_argument("--download", action="store_true", help="fetch the public set into a new folder")
     args = p.parse_args(argv)

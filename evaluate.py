@@ -1,24 +1,21 @@
 """Evaluate runs on the test images. No other script opens the test split.
 
     python evaluate.py runs/demo                             all runs below a folder
-    python evaluate.py runs/demo/teacher runs/demo/student-T1 --report
     python evaluate.py runs/demo --json results/demo.json    also keep the tables and all figures
-    python evaluate.py runs/mine --predict new-images        classify images that have no label
+    python evaluate.py runs/mine --predict new-images        score images that have no label
 
 A row of the table is a run, or several runs that differ only in their seed: mean and standard
 deviation. Below a figure is its 95 % interval. The last rows are gains, student minus baseline.
 Class 1 is the positive one: sensitivity is the share of its images that are called positive,
 specificity the share of the others that are not. With more classes, each one is taken against the
 rest, and the figures are averaged.
-
-The file goes from metrics and the bootstrap over runs, rows and gains, the table, and reports to
-new images, text and files, and the command line.
 """
 
 import argparse
 import csv
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -30,12 +27,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Help, UserError, atomic, cli, explain, load_as, mean
+from data import (Help, UserError, atomic, cli, decode, explain, files_below, find_patient, load_as,
+                  progress)
 from models import (cost, forward, from_images, load_run, refuse_foreign, run_file, state_of)
 
-# Which entries of a config are not compared: paths, whose contents have hashes in it, and what
-# changes no figure; where runs differ in their seed, also what follows from it; for a gain,
-# whatever distillation consists of.
+# What comparisons of configs leave out: paths, whose contents have hashes in the config; seeds and
+# what follows from them; and, for a gain, everything that distillation consists of.
 PATHS = {"data", "teacher", "weights", "out", "cache", "recipe", "device"}
 SEEDS = {"seed", "teacher_weights"}
 DISTILLATION = {"role", "T", "alpha", "taught_by", "teacher_weights", "teacher_configs"}
@@ -52,8 +49,8 @@ def predict(model, source, n, device, batch_size=64):
                       for batch in rows.split(batch_size)])
 
 def auc(scores, truth, weights):
-    """Weighted area under the ROC curve (R,): how often a positive outscores a negative; ties count
-    half. scores (N,), truth (N,) in {0, 1}, weights (R, N): one row a bootstrap sample."""
+    """Return the weighted area under the ROC curve (R,): how often a positive outscores a negative,
+    where ties count half. scores (N,); truth (N,) of 0 and 1; weights (R, N), a row per sample."""
     values, place = scores.unique(return_inverse=True)  # sorted, so a place is a rank with ties
     at = weights.new_zeros(len(weights), len(values))
     negatives = at.index_add(1, place, weights * (truth == 0))
@@ -62,59 +59,71 @@ def auc(scores, truth, weights):
     return (positives * (below + negatives / 2)).sum(1) / (positives.sum(1) * negatives.sum(1))
 
 def calibration_error(confidence, correct, weights, bins=15):
-    """Expected calibration error (R,): |confidence minus share of correct calls|, over the bins."""
+    """Return the expected calibration error (R,): per bin |confidence - accuracy|."""
     place = (confidence * bins).long().clamp(max=bins - 1)
     gaps = weights * (confidence - correct.double())
     sums = weights.new_zeros(len(weights), bins).index_add(1, place, gaps)
     return sums.abs().sum(1) / weights.sum(1)
 
-def measure(logits, labels, weights):
-    """The metrics for R weightings of the images, weights (R, N): a dict of tensors (R,), or (R, K)
-    where an image may have several findings, labels (N, K). All ones give the figure itself,
-    bootstrap multiplicities its spread: one code for both."""
+def measure(logits, labels, weights, threshold=0.0):
+    """Return the metrics for R weightings of the images, weights (R, N), as a dict of tensors (R,),
+    or (R, K) for findings, labels (N, K). The same code computes the figures (all weights are 1)
+    and their bootstrap samples. threshold: log-odds above which the second of two is called."""
     if labels.dim() == 2:  # each finding by itself: sigmoid(z) is the second of softmax((0, z))
         each = [measure(F.pad(z[known, None], (1, 0)), truth[known].long(), weights[:, known])
                 for z, truth, known in zip(logits.T, labels.T, ~labels.isnan().T, strict=True)]
         return {name: torch.stack([one[name] for one in each], 1) for name in each[0]}
     logits, weights = logits.double(), weights.double()
-    n, total, calls = logits.shape[1], weights.sum(1), logits.argmax(1)
+    n, total, likeliest = logits.shape[1], weights.sum(1), logits.argmax(1)
+    calls = (logits[:, 1] - logits[:, 0] > threshold).long() if n == 2 else likeliest
     counts = weights.new_zeros(len(weights), n * n).index_add(1, labels * n + calls, weights)
-    confusion = counts.view(-1, n, n)  # (R, C, C), rows the truth, columns the call
+    confusion = counts.view(-1, n, n)  # (R, C, C), a row per label, a column per call
     right = confusion.diagonal(dim1=1, dim2=2)  # (R, C)
-    positive = [1] if n == 2 else list(range(n))  # each of them against the rest
+    positive = [1] if n == 2 else list(range(n))  # each one against the rest
     tp = right[:, positive]  # (R, 1) or (R, C)
     fn = confusion.sum(2)[:, positive] - tp
     fp = confusion.sum(1)[:, positive] - tp
     tn = total[:, None] - tp - fn - fp
     # Log-odds rank images as probabilities do, but do not round to 1 where a network is very sure.
-    # Equal ones may differ by 1e-15, which would split ties: ten decimals are kept.
+    # Equal log-odds may differ by 1e-15, which would split ties, so ten decimals are kept.
     rest = [logits[:, [j for j in range(n) if j != k]].logsumexp(1) for k in positive]
     odds = [(logits[:, k] - r).round(decimals=10) for k, r in zip(positive, rest, strict=True)]
     aucs = [auc(odd, labels == k, weights) for k, odd in zip(positive, odds, strict=True)]
     return {
         "accuracy": right.sum(1) / total,
         "specificity": (tn / (tn + fp)).mean(1), "sensitivity": (tp / (tp + fn)).mean(1),
-        # Nothing called positive: 0, as is customary; no positive to be found: not a number.
+        # 0 if nothing is called positive, as is customary; NaN if there is no positive image.
         "precision": (tp / (tp + fp).clamp(min=1e-12)).where(tp + fn > 0, torch.nan).mean(1),
         "f1": (2 * tp / (2 * tp + fp + fn)).where(tp + fn > 0, torch.nan).mean(1),
         "auc": torch.stack(aucs, 1).mean(1),
-        "ece": calibration_error(logits.softmax(1).amax(1), calls == labels, weights),
+        "ece": calibration_error(logits.softmax(1).amax(1), likeliest == labels, weights),
         "loss": weights @ F.cross_entropy(logits, labels, reduction="none") / total,
         "confusion": confusion,
     }
 
-def metrics(logits, labels, classes):
-    """The metrics of all images as plain floats and lists: of findings a value each."""
+def metrics(logits, labels, classes, threshold=0.0):
+    """Return the metrics of all images as plain floats, or lists with a value per finding."""
     if not logits.isfinite().all():
         raise UserError(f"logits of {', '.join(classes)} are NaN or infinite: training diverged")
-    figures = measure(logits, labels, torch.ones(1, len(labels)))
+    figures = measure(logits, labels, torch.ones(1, len(labels)), threshold)
     figures["confusion"] = figures["confusion"].long()
     return {name: value[0].tolist() for name, value in figures.items()}
 
+def choose_threshold(logits, labels, rate, share):
+    """Return the log-odds above which images are called positive, so that the rate (sensitivity or
+    specificity) of these validation images is at least `share`, and the other rate is highest."""
+    logits = logits.double() * (1 if rate == "sensitivity" else -1)
+    score = logits[:, 1] - logits[:, 0]
+    wanted = score[labels == int(rate == "sensitivity")].sort(descending=True).values
+    last = wanted[max(math.ceil(share * len(wanted) - 1e-9), 1) - 1]  # the last one to be right
+    others = score[score < last]
+    edge = ((last + others.max()) / 2 if len(others) else last - 1).item()
+    return edge if rate == "sensitivity" else -edge
+
 def bootstrap_weights(groups, repeats=1000, seed=0):
-    """(1 + repeats, N): first ones, for the figure itself; then how often each image is in each
-    sample. A patient's images are correlated, so patients are drawn, with all their images."""
-    member = torch.from_numpy(np.unique(groups, return_inverse=True)[1])  # (N,): whose it is
+    """Return weights (1 + repeats, N): a row of ones for the figure itself, then how often an image
+    is in a sample. A patient's images are correlated, so patients are drawn, not images."""
+    member = torch.from_numpy(np.unique(groups, return_inverse=True)[1])  # (N,): its patient
     n = int(member.max()) + 1
     draws = torch.randint(n, (repeats, n), generator=torch.Generator().manual_seed(seed))
     drawn = torch.zeros(repeats, n, dtype=torch.float64)
@@ -122,24 +131,23 @@ def bootstrap_weights(groups, repeats=1000, seed=0):
     return torch.cat([torch.ones_like(drawn[:1]), drawn])[:, member]
 
 def over_seeds(runs):
-    """(1 + R,): the mean over runs (S, 1 + R) that differ in their seed, and its bootstrap samples.
-    For each the seeds too are drawn with replacement: another five seeds would have given another
-    mean. With fewer than five seeds even this is too narrow."""
+    """Return the mean over runs (S, 1 + R) that differ in their seed, and its bootstrap samples, as
+    (1 + R,). Seeds are drawn too: another five seeds would have given another mean."""
     shape, generator = (len(runs), runs.shape[1] - 1), torch.Generator().manual_seed(1)
     draws = torch.randint(len(runs), shape, generator=generator)
     return torch.cat([runs[:, :1].mean(0), runs[:, 1:].gather(0, draws).mean(0)])
 
 def interval(samples):
-    """The middle 95 % of the bootstrap samples (R, ...), leaving out those of one class."""
+    """Return the middle 95 % of the bootstrap samples (R, ...), without samples of one class."""
     return torch.nanquantile(samples.double(), torch.tensor([0.025, 0.975], dtype=torch.double), 0)
 
 def summary(runs):
-    """{"mean", "sd", "low", "high"} over runs (S) that differ in their seed; sd is NaN for one run,
-    low and high are the ends of the mean's interval, left out where there are no samples. runs: of
-    each (1 + R,), the figure and its bootstrap samples; (1 + R, K) of findings."""
+    """Return {"mean", "sd", "low", "high"} over S runs that differ in their seed. sd is NaN for one
+    run. low and high, the ends of the mean's interval, are left out if there are no samples.
+    runs: per run (1 + R,), the figure and its samples, or (1 + R, K) for findings."""
     runs = [torch.as_tensor(run, dtype=torch.double) for run in runs]
     values = torch.stack([run.view(len(run), -1) for run in runs])  # (S, 1 + R, K)
-    if values.shape[2] > 1:  # a finding that a sample leaves without a positive is left out of all
+    if values.shape[2] > 1:  # leave out a finding that has no positive image in some sample
         values = values[..., ~values.isnan().any(0).any(0)]
     values = values.mean(2)  # (S, 1 + R)
     sd = values[:, 0].std().item() if len(values) > 1 else math.nan
@@ -150,21 +158,19 @@ def summary(runs):
 
 # ---- runs and the table --------------------------------------------------------------------------
 def find_runs(paths):
-    """The best.pt of every run; a folder of runs stands for the runs in it."""
-    found, missing = [], []
-    for path in paths:
-        best = run_file(path)
-        runs = [best] if best.is_file() else sorted(Path(path).glob("*/best.pt"))
-        found += runs
-        missing += [] if runs else [path]
-    if not found:
-        raise UserError(f"no best.pt in {', '.join(paths)}. Name runs of train.py, or their folder")
+    """Return the best.pt of every run. A folder stands for all runs below it."""
+    found = {path: [run_file(path)] if run_file(path).is_file()
+             else sorted(Path(path).rglob("best.pt")) for path in paths}
+    missing = ", ".join(path for path, runs in found.items() if not runs)
+    if not any(found.values()):
+        raise UserError(f"no best.pt in {missing}. Name runs of train.py, or their folder")
     if missing:  # a run that was killed before its first save must not stop runs/demo/*
-        print(f"no best.pt, or not yet, in {', '.join(missing)}: left out")
-    return found
+        print(f"no best.pt, or not yet, in {missing}: left out")
+    return [run for runs in found.values() for run in runs]
 
-def judge(path, device, source, cache, loaded):
-    """Return a run as a record. loaded: data sets at hand, so that runs of one size share one."""
+def judge(path, device, source, cache, loaded, wanted=None):
+    """Return a run as a record. loaded: data sets at hand, so that runs of one size share one.
+    wanted: a rate and its share, by which a threshold is chosen on validation images."""
     model, facts = load_run(path)
     with explain(f"{path} is not a run of train.py"):
         config, size, state = facts["config"], facts["size"], state_of(facts)
@@ -174,20 +180,29 @@ def judge(path, device, source, cache, loaded):
         loaded[key] = load_as(config, size, ("val", "test"), cache, source)
     data = loaded[key]
     refuse_foreign(path.parent, facts, data)
-    if any(config[k] != data.fingerprints[k] for k in ("val", "val_pixels", "test")):
+    changed = [k for k in ("val", "val_pixels", "test") if config[k] != data.fingerprints[k]]
+    elsewhere = "test" in changed and source != config["data"]
+    if elsewhere:
+        print(f"{path.parent}: judged on {source}, not on the images of its training's test split. "
+              f"Written as metrics-{Path(source).name}.json, predictions-{Path(source).name}.csv")
+    elif changed:
         print(f"{path.parent}: validation or test images of {source} have changed since training")
     device = torch.device(device)
     model.to(device, memory_format=torch.channels_last)  # and not kept: 30 runs may not fit
     val, test = (predict(model, from_images(split.images, device), len(split.ids), device)
                  for split in (data.val, data.test))
-    figures = metrics(test, data.test.labels, data.classes)
-    # The same samples for every run: differences between two runs are paired.
-    samples = measure(test, data.test.labels, bootstrap_weights(data.test.groups))
+    if wanted and (data.multilabel or len(data.classes) > 2):
+        raise UserError(f"--threshold needs two classes, {source} has {', '.join(data.classes)}")
+    threshold = choose_threshold(val, data.val.labels, *wanted) if wanted else 0.0
+    figures = metrics(test, data.test.labels, data.classes, threshold)
+    # The samples are the same for every run, so that differences between two runs are paired.
+    samples = measure(test, data.test.labels, bootstrap_weights(data.test.groups), threshold)
     figures["interval"] = {k: interval(samples[k][1:]).tolist() for k in COLUMNS + MORE}
     return {"folder": path.parent, "facts": facts, "config": config, "data": data, "state": state,
-            "cost": cost(model, size), "test": test, "figures": figures, "samples": samples,
-            "validation": metrics(val, data.val.labels, data.classes),
-            "p": test.double().sigmoid() if data.multilabel else test.double().softmax(1)}
+            "cost": cost(model, size), "val": val, "test": test, "figures": figures,
+            "samples": samples, "threshold": threshold,
+            "suffix": f"-{Path(source).name}" if elsewhere else "",  # of the files that are written
+            "validation": metrics(val, data.val.labels, data.classes, threshold)}
 
 def compared(config, *more):
     """Return what runs are compared by: their config without PATHS and other sets of names."""
@@ -203,7 +218,7 @@ def variants(records):
     """Return the runs in groups, one per row: their configs are equal except for the seeds."""
     groups = {}
     for record in records:
-        key = json.dumps(compared(record["config"], SEEDS), sort_keys=True)
+        key = json.dumps([compared(record["config"], SEEDS), record["state"]], sort_keys=True)
         by_seed = groups.setdefault(key, {})
         other = by_seed.setdefault(record["config"]["seed"], record)
         if other is not record:
@@ -211,132 +226,107 @@ def variants(records):
                             f"flags: they would count as two seeds. Leave one out")
     return [list(by_seed.values()) for by_seed in groups.values()]
 
+def is_pair(student, baseline):
+    """Return whether the difference of two runs is a gain: the same seed, images and labels, both
+    finished, and nothing else different but distillation."""
+    return ((student["config"]["role"], baseline["config"]["role"]) == ("student", "baseline")
+            and student["facts"]["last"] is None and baseline["facts"]["last"] is None
+            and not differences(student["config"], baseline["config"], DISTILLATION))
+
 def rows_and_gains(groups, score):
-    """The table as plain values: a row for each group; and what distillation changed, students
-    minus baselines, seed by seed on the same samples. `score` chose the epochs."""
+    """Return the table as plain values: a row per group, and the gains, student minus baseline, per
+    seed and on the same bootstrap samples. `score` is the metric that chose the epochs."""
     rows, gains = [], []
     for group in groups:
         name = group[0]["folder"].name
         rows.append({
             "title": re.sub(r"-seed\d+", "", name) if len(group) > 1 else name,
-            "arch": group[0]["config"]["arch"], "runs": [str(r["folder"]) for r in group],
+            "arch": group[0]["config"]["arch"], "state": group[0]["state"],
+            "runs": [str(r["folder"]) for r in group],
             "validation": summary([[r["validation"][score]] for r in group]),
+            "train": summary([[r["facts"]["train_accuracy"]] for r in group]),
             "figures": {k: summary([r["samples"][k] for r in group]) for k in COLUMNS + MORE}})
     for (i, students), (j, baselines) in product(enumerate(groups), repeat=2):
-        pairs = [(s["samples"], b["samples"]) for s in students for b in baselines
-                 if (s["config"]["role"], b["config"]["role"]) == ("student", "baseline")
-                 and compared(s["config"], DISTILLATION) == compared(b["config"], DISTILLATION)]
+        pairs = [(s["samples"], b["samples"]) for s in students for b in baselines if is_pair(s, b)]
         if pairs:
             figures = {k: summary([s[k] - b[k] for s, b in pairs]) for k in COLUMNS + MORE}
             gains.append({"title": rows[i]["title"], "minus": rows[j]["title"],
                           "pairs": len(pairs), "students": len(students), "figures": figures})
     return rows, gains
 
-def short(name, width=34):
-    """A name of at most `width` letters: an ellipsis stands for the middle of a longer one."""
-    return name if len(name) <= width else f"{name[: (width - 1) // 2]}…{name[-(width // 2) :]}"
-
 def cell(figure, column="", sign=""):
-    """Mean ± standard deviation, and in a second line the interval; in percent but the loss."""
+    """Return mean ± standard deviation and, in a second line, the interval; all but loss in %."""
     unit, digits = (1, 3) if column == "loss" else (100, 1)
     middle, sd, *ends = (f"{unit * value:{sign}.{digits}f}" for value in figure.values())
     text = middle if math.isnan(figure["sd"]) else f"{middle} ± {sd.lstrip('+')}"
     return f"{text}\n[{' '.join(ends)}]" if ends else text
 
-def floor_row(data, columns):
-    """What a network would reach that always says the same: the commonest class, or no finding."""
-    logits, title = torch.zeros(len(data.test.labels), len(data.classes)), "always the same"
-    if not data.multilabel:
-        commonest = data.test.labels.bincount().argmax()
-        logits[:, commonest], title = 1, f"always {data.classes[commonest]}"
-    floor = metrics(logits, data.test.labels, data.classes)
-    return [title, "", *("" if k in ("ece", "loss") else f"{100 * mean(floor[k]):.1f}"
-                         for k in columns)]
-
 def table(groups, rows, gains, columns, score):
-    """Lines of text: always the same, a row for each group, then what distillation changed."""
-    data = groups[0][0]["data"]
-    lines, n = [floor_row(data, columns)], len(data.test.labels)
+    """Return lines of text: a row per group, then the gains."""
+    lines, n = [], len(groups[0][0]["test"])
     for group, row in zip(groups, rows, strict=True):
         below = f"{row['arch']}, {len(group)} seeds" if len(group) > 1 else row["arch"]
-        below += "".join(r["state"] for r in group)
-        lines.append([f"{short(row['title'])}\n  {below}", cell(row["validation"]),
+        below += row["state"]
+        train = "" if math.isnan(row["train"]["mean"]) else f"\ntrain {cell(row['train'])}"
+        lines.append([f"{row['title']}\n  {below}", cell(row["validation"]) + train,
                       *(cell(row["figures"][k], k) for k in columns)])
     for gain in gains:
         some = f", {gain['pairs']} of {gain['students']}" * (gain["pairs"] < gain["students"])
-        lines.append([f"{short(gain['title'])}\n  minus {short(gain['minus'], 26)}{some}", "",
+        lines.append([f"{gain['title']}\n  minus {gain['minus']}{some}", "",
                       *(cell(gain["figures"][k], k, "+") for k in columns)])
     return aligned([f"{n} test images, %", f"validation\n{score}", *columns], lines)
 
 def notes(records):
-    """The sentences below the table."""
-    multilabel, classes = records[0]["data"].multilabel, records[0]["data"].classes
-    if len(classes) == 2 and not multilabel:
-        yield f"positive: {classes[1]}"
+    """Yield the sentences below the table."""
+    data, classes = records[0]["data"], records[0]["data"].classes
+    if not data.multilabel:
+        counts = 100 * data.test.labels.bincount() / len(data.test.labels)
+        yield f"always {classes[counts.argmax()]} has an accuracy of {counts.max():.1f}"
+        yield f"positive: {classes[1]}" if len(classes) == 2 else "each class against the rest"
     yield "ece: lower is better"
-    for r in records if not multilabel else []:
-        calls = {k for row in r["figures"]["confusion"] for k, n in enumerate(row) if n}
-        if len(calls) == 1:  # its AUC tells whether it has learned nothing, or lacks a threshold
-            yield f"{r['folder'].name} says {classes[calls.pop()]} of every image"
-    n = min(len(r["data"].val.labels) for r in records)
-    if n < 50 and not multilabel:
-        yield f"{n} validation images: their accuracy moves in steps of {100 / n:.1f} points"
+    for name, r in [(r["folder"].name, r) for r in records]:
+        calls = torch.tensor(r["figures"]["confusion"]).sum(-2)  # a number per class
+        if not data.multilabel and calls.max() == calls.sum():  # its AUC tells what it has learned
+            yield f"{name} predicts {classes[calls.argmax()]} for every image"
+        if r["threshold"]:
+            p = torch.tensor(r["threshold"]).double().sigmoid()
+            yield f"{name} calls {classes[1]} above a probability of {p:.3g}"
+        if r["facts"]["last"] is not None:
+            yield f"{name}{r['state']}: left out of the gains"
+    if len({r["data"].fingerprints["val"] for r in records}) > 1:
+        yield "the runs have different validation images: compare their validation with care"
+    if len(commits := {r["facts"]["provenance"]["commit"] for r in records}) > 1:
+        yield f"the runs were trained by different commits: {', '.join(sorted(commits))}"
+    yield from missing_gains(records)
 
-# ---- grids and reports ---------------------------------------------------------------------------
-def grid(groups):
-    """Teachers down, students across: train, validation and test accuracy, means over seeds (± of
-    test). Training accuracy is the loop's own: dropout on, weights still moving."""
-    cells = {}
-    for group in groups:
-        config, smoothing = group[0]["config"], group[0]["config"]["label_smoothing"]
-        smooth = f", label smoothing {smoothing:g}" if smoothing else ""
-        teacher = " + ".join(config["taught_by"]) or "no teacher" + smooth
-        values = 100 * torch.tensor([
-            (r["facts"]["train_accuracy"], mean(r["validation"]["accuracy"]),
-             mean(r["figures"]["accuracy"])) for r in group], dtype=torch.float64)  # (S, 3)
-        text = " / ".join("n/a" if value.isnan() else f"{value:.1f}" for value in values.mean(0))
-        text += f" ± {values[:, 2].std():.1f}" if len(group) > 1 else ""
-        setting = f"T {config['T']:g}, alpha {config['alpha']:g}"  # a cell may hold several
-        text = f"{setting if config['role'] == 'student' else config['role']}: {text}"
-        student = config["arch"] + group[0]["state"]
-        row = cells.setdefault(teacher, {})
-        row[student] = f"{row[student]}\n{text}" if student in row else text
-    students = sorted({student for row in cells.values() for student in row})
-    return aligned(["train / val / test accuracy", *students],
-                   [[teacher, *(row.get(student, "") for student in students)]
-                    for teacher, row in cells.items()])
-
-def report(confusion, classes):
-    """Precision, recall, F1 and support of each class, their means; below, the confusion matrix."""
-    counts = torch.tensor(confusion, dtype=torch.float64)  # rows the truth, columns the call
-    right, support, calls = counts.diag(), counts.sum(1), counts.sum(0)
-    values = torch.stack([right / calls.clamp(min=1), right / support.clamp(min=1),
-                          2 * right / (support + calls).clamp(min=1)])  # (3, C)
-    means = torch.stack([values.mean(1), (values * support).sum(1) / support.sum()], 1)
-    rows = zip([*classes, "macro avg", "weighted avg"], torch.cat([values, means], 1).T,
-               [*support, support.sum(), support.sum()], strict=True)
-    text = aligned(["", "precision", "recall", "f1-score", "support"],
-                   [[name, *(f"{v:.2f}" for v in three), f"{n:.0f}"] for name, three, n in rows])
-    return text + aligned(["images called", *classes], [
-        [name, *map(str, row)] for name, row in zip(classes, confusion, strict=True)])
+def missing_gains(records):
+    """Yield a reason for every student without a gain over the most similar baseline."""
+    for s in [r for r in records if r["config"]["role"] == "student"]:
+        alike = [(differences(s["config"], b["config"], DISTILLATION), b["folder"].name)
+                 for b in records if b["config"]["role"] == "baseline" and all(
+                     b["config"][k] == s["config"][k] for k in ("seed", "arch", "val"))]
+        other, name = min(alike, key=lambda pair: len(pair[0]), default=({}, ""))
+        if other:
+            reasons = ", ".join(f"{k} {a} and {b}" for k, (a, b) in other.items())
+            yield f"no gain of {s['folder'].name} over {name}: {reasons}"
 
 def findings(groups, rows):
-    """The AUC of every finding, and what each network is made of."""
+    """Return a table with the AUC of every finding and the size of every network."""
     lines, data = [], groups[0][0]["data"]
     for k, finding in enumerate(data.classes):
         truth = data.test.labels[:, k]
         runs = [[r["samples"]["auc"][:, k] for r in group] for group in groups]
-        rare = any(run.isnan().any() for group in runs for run in group)
-        lines.append([finding + " (too rare for the mean)" * rare,
+        rare = " (too rare for the mean)" * any(run.isnan().any() for g in runs for run in g)
+        lines.append([finding + rare,
                       f"{int(truth.nansum())} of {int((~truth.isnan()).sum())}",
                       *(cell(summary(group)) for group in runs)])
     sizes = [group[0]["cost"]["parameters"] / 1e6 for group in groups]
     lines.append(["parameters, M", "", *(f"{size:.2f}" for size in sizes)])
-    return aligned(["AUC, %", "positives", *(short(row["title"]) for row in rows)], lines)
+    return aligned(["AUC, %", "positives", *(row["title"] for row in rows)], lines)
 
 # ---- tables as text, files, where a number came from --------------------------------------------
 def aligned(header, rows):
-    """A table as lines of text, figures to the right. A cell may have several lines."""
+    """Return a table as lines of text, figures to the right. A cell may have several lines."""
     rows = [[cell.split("\n") for cell in row] for row in [header, *rows]]
     widths = [max(len(line) for row in rows for line in row[i]) for i in range(len(header))]
     text = [""]
@@ -357,7 +347,7 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 def origin(device):
-    """What a number came from: command, commit, versions and machine."""
+    """Return where a number came from: command, commit, versions and machine."""
     git = subprocess.run("git describe --always --dirty --abbrev=12", shell=True, text=True,
                          capture_output=True, cwd=Path(__file__).parent)
     commit = git.stdout.strip() or "unknown"  # no repository, or no git on this machine
@@ -366,57 +356,99 @@ def origin(device):
             "device": cpu if "cuda" not in str(device) else torch.cuda.get_device_name(device)}
 
 def usable_device(name):
-    """An argparse type: the name of a CPU or GPU that torch can use here."""
+    """Return the name of a CPU or GPU if torch can use it here (an argparse type)."""
     n = torch.cuda.device_count()
-    if name not in ["cpu", *["cuda"] * (n > 0), *(f"cuda:{i}" for i in range(n))]:
-        raise argparse.ArgumentTypeError(f"{name} is no device of this machine. Expected cpu, or "
-                                         f"cuda or cuda:N where there is a GPU")
+    if name not in (usable := ["cpu", *["cuda"] * (n > 0), *(f"cuda:{i}" for i in range(n))]):
+        raise argparse.ArgumentTypeError(f"{name} is not among {', '.join(usable)}")
     return name
 
-# ---- the command line ----------------------------------------------------------------------------
+# ---- new images, files, the command line ---------------------------------------------------------
+def predict_files(args):
+    """Write the probabilities of every run for new images, which need no label, to a CSV. A file
+    that cannot be read gets a row that says why, and the other files are still scored."""
+    runs = {str(path.parent): load_run(path) for path in find_runs(args.runs)}
+    classes, device = next(iter(runs.values()))[1]["classes"], torch.device(args.device)
+    if other := [name for name, (_, facts) in runs.items() if facts["classes"] != classes]:
+        raise UserError(f"{other[0]} has other classes than {', '.join(classes)}: leave it out")
+    rows, is_file = [], os.path.isfile(args.predict)
+    files = [args.predict] if is_file else [*files_below(args.predict, set())]
+    for file in progress(files, "scoring images"):
+        p, patient, problem = [], "", ""
+        try:
+            patient = find_patient(Path(file), Path(file).as_posix())
+            for model, facts in runs.values():
+                source = from_images(decode(file, facts["size"])[None], device)
+                logits = predict(model.to(device), source, 1, device)
+                p.append(probabilities(logits, facts["multilabel"])[0])
+        except (UserError, OSError) as error:
+            p, problem = [], error
+        p = [*p, torch.stack(p).mean(0)] if len(p) > 1 else p
+        rows.append([file, patient, problem, *(value for one in p for value in one.tolist())])
+    names = [f"{name} " for name in (*runs, "mean")] if len(runs) > 1 else [""]
+    header = ["file", "patient", "problem", *(name + c for name in names for c in classes)]
+    write_csv(args.out, header, rows)
+    unread = sum(bool(row[2]) for row in rows)
+    print(f"{len(rows) - unread} images scored, {unread} could not be read: {args.out}")
+
+def probabilities(logits, multilabel):  # in float64, because float32 would round many of them to 1
+    return logits.double().sigmoid() if multilabel else logits.double().softmax(1)
+
 def write_run(record, device):
-    """metrics.json, which is returned, and predictions.csv, a line an image."""
-    data, facts, n = record["data"], record["facts"], len(record["test"])
+    """Write metrics.json, which is returned, and predictions.csv, a line per image."""
+    data, facts, rows = record["data"], record["facts"], []
     content = {
         "test": record["figures"], "validation": record["validation"], "classes": data.classes,
-        "data": data.source, "images": n, "patients": len(set(data.test.groups)),
-        "config": record["config"], "epoch": facts["epoch"], "cost": record["cost"],
+        "data": data.source, "images": len(data.test.ids), "patients": len({*data.test.groups}),
+        "config": record["config"], "state": record["state"], "epoch": facts["epoch"],
+        "threshold": record["threshold"], "cost": record["cost"],
         "trained_by": facts["provenance"], "judged_by": origin(device)}
+    for name, images, logits in (("validation", data.val, record["val"]),
+                                 ("test", data.test, record["test"])):
+        labels = images.labels.view(len(logits), -1).tolist()
+        p = probabilities(logits, data.multilabel).tolist()
+        rows += [[id, name, patient, *label, *values] for id, patient, label, values in zip(
+            images.ids, images.groups, labels, p, strict=True)]
     header = [f"label {name}" for name in data.classes] if data.multilabel else ["label"]
-    cells = [data.test.ids, data.test.groups, *data.test.labels.view(n, -1).T.tolist(),
-             *record["p"].T.tolist()]  # from float64: in float32 many would be 1
-    header = ["image", "patient", *header, *data.classes]
-    with explain(f"metrics.json or predictions.csv of {record['folder']} could not be written"):
-        write_json(record["folder"] / "metrics.json", content)
-        write_csv(record["folder"] / "predictions.csv", header, zip(*cells, strict=True))
+    header = ["image", "split", "patient", *header, *data.classes]
+    folder, suffix = record["folder"], record["suffix"]
+    with explain(f"metrics.json or predictions.csv of {folder} could not be written"):
+        write_json(folder / f"metrics{suffix}.json", content)
+        write_csv(folder / f"predictions{suffix}.csv", header, rows)
     return content
+
+def rate_and_share(text):
+    """Parse sensitivity=0.95 or specificity=0.9, an argparse type."""
+    rate, _, share = text.partition("=")
+    if rate not in ("sensitivity", "specificity") or not 0 < float(share or 0) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected sensitivity=0.95 or specificity=0.9")
+    return rate, float(share)
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     p.add_argument("runs", nargs="+", metavar="RUN", help="runs of train.py, or folders of runs")
-    p.add_argument("--data", help="where the images are now, if they were moved after training")
-    p.add_argument("--report", action="store_true", help="more columns, and a report by class")
-    p.add_argument("--grid", action="store_true", help="a table, teachers down and students across")
+    p.add_argument("--data", help="a folder with the images, if they moved, or with other images")
+    p.add_argument("--threshold", type=rate_and_share, metavar="RATE=SHARE",
+                   help="sensitivity=0.95: choose the threshold on validation images for this rate")
+    p.add_argument("--predict", metavar="FOLDER", help="classify the images of a folder, or a file")
+    p.add_argument("--out", default="predictions.csv", help="where --predict writes its CSV")
+    p.add_argument("--report", action="store_true", help="also precision, F1 and loss")
     p.add_argument("--json", metavar="FILE", help="the tables and every run's figures in one file")
     p.add_argument("--device", type=usable_device, help="cpu, cuda or cuda:N",
                    default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--cache", default="cache", help="folder of decoded images; may be deleted")
     args, loaded = p.parse_args(argv), {}
-    checkpoints = find_runs(args.runs)
-    records = [judge(path, args.device, args.data, args.cache, loaded) for path in checkpoints]
+    if args.predict:
+        return predict_files(args)
+    records = [judge(path, args.device, args.data, args.cache, loaded, args.threshold)
+               for path in find_runs(args.runs)]
     data = records[0]["data"]
     if len({(*r["data"].classes, r["data"].fingerprints["test"]) for r in records}) > 1:
         raise UserError("different test images or classes: judge these runs in separate calls")
     groups, score = variants(records), "auc" if data.multilabel else "accuracy"
     rows, gains = rows_and_gains(groups, score)
-    text = grid(groups) if args.grid else []
-    for columns in (COLUMNS, MORE) if args.report else (COLUMNS,):
-        text += table(groups, rows, gains, columns, score)
+    text = table(groups, rows, gains, COLUMNS + MORE * args.report, score)
     text += findings(groups, rows) if data.multilabel else []
     text += ["", *notes(records)]
-    for r in records if args.report and not data.multilabel else []:
-        text += [f"\n{r['folder']}: best on validation in epoch {r['facts']['epoch']}",
-                 *report(r["figures"]["confusion"], data.classes)]
     print("\n".join(text), flush=True)  # before any file is written: the disk may be full
     runs = {str(r["folder"]): write_run(r, args.device) for r in records}
     if args.json:

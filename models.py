@@ -43,7 +43,6 @@ AUX_NAMES = ("AuxLogits", "aux1", "aux2")  # the names of their layers begin wit
 # ---- a network with a new head -------------------------------------------------------------------
 def build(arch, num_classes, size=None, weights="none", reads="image"):
     """Return a network with a new, randomly initialised head of `num_classes` outputs.
-
     weights: "none" (random), "imagenet" (torchvision's) or a file: a checkpoint of ours or a plain
     state_dict of the same network. size: the side of the images in pixels, refused if the network
     cannot take it. reads: "image", or "residual" for noise residuals of the image."""
@@ -59,8 +58,7 @@ def build(arch, num_classes, size=None, weights="none", reads="image"):
     model.facts["transform_input"] = model.transform_input
     read_residuals(model)
     if size is not None:
-        why = f"{arch} cannot take images of {size} x {size} pixels; choose another --size"
-        with torch.no_grad(), explain(why):
+        with torch.no_grad(), explain(f"{arch} cannot take {size} x {size} images; choose a size"):
             model.eval()(torch.zeros(1, 3, size, size))
     return model.train()
 
@@ -112,12 +110,6 @@ def freeze(model, finetune):
     model.requires_grad_(False).eval()
     return (block if takes_block else head).requires_grad_(True)
 
-def initialise_anew(trainable):
-    """Give the fully connected layers random weights, as arXiv 2406.08837 does in AlexNet."""
-    for layer in trainable.modules():
-        if isinstance(layer, nn.Linear):
-            layer.reset_parameters()
-
 @torch.no_grad()
 def features(model, trainable, images):
     """Return what the trainable part receives when the model reads the images."""
@@ -159,7 +151,8 @@ def precompute(source, n, device, dtype, name, *key):
     first = source(torch.arange(min(n, 2), device=device)).float()
     probe = [f"{value:.2e}" for value in first.flatten().tolist()[:100]]
     path = name.with_name(f"{name.name}-{fingerprint(*key, PIXELS, list(first.shape), probe)}.npy")
-    return from_tensor(cached_array(path, n, output_blocks(source, n, device, dtype)), device)
+    blocks, shape = output_blocks(source, n, device, dtype), (n, *first.shape[1:])
+    return from_tensor(cached_array(path, str(dtype)[6:], shape, blocks), device)  # torch.float16
 
 def output_blocks(source, n, device, dtype):
     """Yield the outputs in blocks, because those of a large data set do not fit into memory."""
@@ -171,8 +164,8 @@ def output_blocks(source, n, device, dtype):
         yield block.numpy()
 
 # ---- checkpoints ---------------------------------------------------------------------------------
-RUN_FACTS = {"config", "classes", "multilabel", "history", "last", "seen_groups", "provenance",
-             "size", "epoch", "validation", "train_accuracy"}  # of a checkpoint made by train.py
+RUN_FACTS = ["config", "classes", "multilabel", "history", "last", "seen_groups", "provenance",
+             "size", "epoch", "validation", "train_accuracy"]  # of a checkpoint made by train.py
 
 def save_checkpoint(path, model, **facts):
     """Write the weights and whatever is needed to rebuild the network: plain values only."""
@@ -200,9 +193,9 @@ def load_checkpoint(path):
 def load_run(path):
     """Return the same for a checkpoint that train.py made, or say which fact it lacks."""
     model, facts = load_checkpoint(path)
-    if missing := RUN_FACTS - {k for k, v in facts.items() if v is not None or k == "last"}:
-        raise UserError(f"{path} was not made by train.py: {', '.join(sorted(missing))} is missing")
     with explain(f"{path} was not made by train.py"):
+        if missing := [k for k in RUN_FACTS if facts.get(k) is None and k != "last"]:
+            raise ValueError(f"{', '.join(missing)} missing")
         state_of(facts), facts["config"]["train"], facts["history"][-1]
     return model, facts
 
@@ -296,8 +289,7 @@ def load_first_weights(model, weights):
 
 # ---- SE-ResNets, noise residuals, cost -----------------------------------------------------------
 class SEBottleneck(Bottleneck):
-    """ResNet's block with squeeze and excitation (Hu et al. 2018): each channel is weighted by a
-    factor that depends on the whole image."""
+    """ResNet's block whose channels are weighted by squeeze and excitation (Hu et al. 2018)."""
 
     def __init__(self, inplanes, planes, *args, **kwargs):
         super().__init__(inplanes, planes, *args, **kwargs)
@@ -311,8 +303,7 @@ class SEBottleneck(Bottleneck):
         return self.relu(self.se(self.bn3(self.conv3(x))) + shortcut)
 
 # Networks that torchvision lacks, with 1000 outputs. Add your own, and --arch takes its name.
-NETWORKS = {"seresnet50": lambda: ResNet(SEBottleneck, [3, 4, 6, 3]),
-            "seresnet101": lambda: ResNet(SEBottleneck, [3, 4, 23, 3])}
+NETWORKS = {"seresnet50": lambda: ResNet(SEBottleneck, [3, 4, 6, 3])}
 
 def read_residuals(model):
     """Let a network that was built for noise residuals compute them from images by itself."""
@@ -336,7 +327,7 @@ def residuals(images):
 
 def cost(model, size):
     """Return the number of parameters (those of auxiliary heads apart), the multiply-adds per image
-    (half of what FlopCounterMode counts), the depth in Conv2d and Linear layers, and megabytes."""
+    (half of what FlopCounterMode counts) and the megabytes of the weights."""
     was_training = model.training
     model.eval()  # so that auxiliary heads do not run
     device = next(model.parameters()).device
@@ -345,12 +336,10 @@ def cost(model, size):
         model(torch.zeros(1, 3, size, size, device=device, requires_grad=True))
     model.train(was_training)
     auxiliary = sum(p.numel() for name, p in model.named_parameters() if name.startswith(AUX_NAMES))
-    layers = [name for name, layer in model.named_modules()
-              if isinstance(layer, (nn.Conv2d, nn.Linear)) and not name.startswith(AUX_NAMES)]
     size_in_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     return {"parameters": sum(p.numel() for p in model.parameters()) - auxiliary,
             "auxiliary_parameters": auxiliary, "multiply_adds": counter.get_total_flops() // 2,
-            "depth": len(layers), "megabytes": size_in_bytes / 1e6}
+            "megabytes": size_in_bytes / 1e6}
 
 # ---- Grad-CAM: where a network looked ------------------------------------------------------------
 def last_maps(model, images):
@@ -369,12 +358,11 @@ def last_maps(model, images):
     return order[-1]
 
 def grad_cam(model, images, target, layer=None):
-    """Return Grad-CAM (Selvaraju et al. 2017): heat (N, H, W) in [0, 1] where the image raises the
-    logit of the target.
+    """Return Grad-CAM (Selvaraju et al. 2017): heat (N, H, W) in [0, 1].
 
         heat = ReLU(sum_k a_k A_k),  a_k: mean gradient of the target's logit over the map A_k
 
-    images: (N, 3, H, W), prepared. target: a class, or one per image (N,)."""
+    images: (N, 3, H, W), prepared. target: the class to explain, or one per image (N,)."""
     caught = []
 
     def keep(module, inputs, out):

@@ -4,9 +4,8 @@
     python profile_gpu.py inception_v3 alexnet          two networks: also a step of distillation
 
 This times train.train_one_epoch on batches from train.paired_batches, and reports medians after a
-warm-up. Memory and GPU use need CUDA. Hours are those of the recipe pneumonia: the teacher's number
-of epochs for inception_v3, the student's for other networks. Instruments come first, then what is
-measured (Tables I and V of the paper, inference, a training step in four ways), then the tables.
+warm-up. Memory and GPU use need CUDA. Instruments come first, then what is measured: networks,
+training, inference, and a training step in four ways. The tables come last.
 """
 
 import argparse
@@ -19,20 +18,11 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import Help, cli, prepare, progress
+from data import Help, cli, explain, prepare, progress
 from evaluate import aligned, origin, predict, usable_device, write_json
 from models import AUX_WEIGHT, build, cost, forward, from_images, from_tensor
 
 NATIVE = {"inception_v3": 299}  # the size of the images a network was made for; others 224
-IMAGES = 5216  # training images of the public set, for the hours
-PAPER = {  # arXiv 2406.08837, Tables I and V, shown in brackets beside ours
-    "alexnet": {"depth": 8, "parameters M": 64.90, "multiply-adds M": 750,
-                "GB allocated": 1.89, "GPU busy %": 44.44, "hours": 0.10},
-    "vgg16": {"depth": 24, "parameters M": 144.06, "multiply-adds M": 15938},
-    "resnet18": {"depth": 19, "parameters M": 14.79, "multiply-adds M": 1875},
-    "resnet34": {"depth": 35, "parameters M": 25.21, "multiply-adds M": 3750},
-    "inception_v3": {"depth": 166, "parameters M": 24.79, "multiply-adds M": 5208,
-                     "GB allocated": 3.54, "GPU busy %": 95.96, "hours": 0.81}}
 
 # ---- instruments ---------------------------------------------------------------------------------
 def interleaved(calls, device, rounds):
@@ -63,9 +53,9 @@ def gpu_usage(call, device):
 
 # ---- what is measured ----------------------------------------------------------------------------
 def network(arch, size):
-    """Return a row of Table I: the size of the published network, with its 1000 classes."""
+    """Return the size of the published network, with its 1000 classes."""
     c = cost(build(arch, 1000, size), size)
-    return {"size": size, "depth": c["depth"], "parameters M": c["parameters"] / 1e6,
+    return {"size": size, "parameters M": c["parameters"] / 1e6,
             "auxiliary M": c["auxiliary_parameters"] / 1e6,
             "multiply-adds M": c["multiply_adds"] / 1e6, "MB": c["megabytes"]}
 
@@ -89,16 +79,13 @@ def make_epoch(arch, size, args, device):
     return model, optimizer, images, labels, epoch
 
 def training(arch, size, args, device):
-    """Return a row of Table V: speed, memory and GPU use of an epoch that trains all layers."""
+    """Return the speed, memory and GPU use of an epoch that trains all layers."""
     *_, epoch = make_epoch(arch, size, args, device)
     n = args.batch_size * args.steps
     wall = median(interleaved({"": epoch}, device, args.rounds)[""])
     allocated, busy = gpu_usage(epoch, device)
-    role = "teacher" if arch == "inception_v3" else "student"
-    epochs = train.RECIPES["pneumonia"][role]["epochs"]
     return {"GB allocated": allocated, "GPU busy %": busy and 100 * busy / wall,
-            "images/s": n / wall, "GPU s per 1000 images": busy and 1000 * busy / n,
-            "epochs": epochs, "hours": epochs * IMAGES * wall / n / 3600}
+            "images/s": n / wall, "GPU s per 1000 images": busy and 1000 * busy / n}
 
 def inference(arch, size, args, device):
     """Return the latency of one image and the throughput of many, from bytes to logits."""
@@ -142,18 +129,15 @@ def distillation(sizes, args, device):
             for name, spent in times.items()}
 
 # ---- what is shown -------------------------------------------------------------------------------
-def show(title, rows, paper):
-    """Print a table with four digits per figure, and the paper's figures in brackets."""
+def show(title, rows):
+    """Print a table with four digits per figure."""
 
-    def cell(row, column, value):
-        theirs = paper.get(row, {}).get(column)
+    def cell(value):
         rounded = isinstance(value, int) or (value or 0) >= 1000
-        text = "n/a" if value is None else f"{value:,.0f}" if rounded else f"{value:#.4g}"
-        return text + (f" ({theirs})" if theirs else "")
+        return "n/a" if value is None else f"{value:,.0f}" if rounded else f"{value:#.4g}"
 
-    columns = list(next(iter(rows.values())))
-    lines = [[row, *(cell(row, k, figures[k]) for k in columns)] for row, figures in rows.items()]
-    print("\n".join(aligned([title, *columns], lines)))
+    lines = [[name, *map(cell, figures.values())] for name, figures in rows.items()]
+    print("\n".join(aligned([title, *next(iter(rows.values()))], lines)))
 
 def main(argv=None):
     p = argparse.ArgumentParser(usage="python profile_gpu.py ARCH [ARCH ...] [FLAGS]",
@@ -174,18 +158,19 @@ def main(argv=None):
     device, source = torch.device(args.device), origin(args.device)
     sizes = {arch: args.size or NATIVE.get(arch, 224) for arch in args.networks}
     # Networks come first, so that an unknown name or size is an error before anything is timed.
-    tables = {"network (the paper)": {arch: network(arch, size) for arch, size in sizes.items()},
-              "training, all layers (the paper)": {}, "inference": {}}
+    tables = {"network": {arch: network(arch, size) for arch, size in sizes.items()},
+              "training, all layers": {}, "inference": {}}
     for arch, size in progress(sizes.items(), "measuring"):
-        tables["training, all layers (the paper)"][arch] = training(arch, size, args, device)
+        tables["training, all layers"][arch] = training(arch, size, args, device)
         tables["inference"][arch] = inference(arch, size, args, device)
     if len(sizes) == 2:
         tables["a step"] = distillation(sizes, args, device)
     print(f"\n{source['device']}, torch {source['torch']}, batches of {args.batch_size}")
     for title, rows in tables.items():
-        show(title, rows, PAPER if "the paper" in title else {})
+        show(title, rows)
     if args.json:
-        write_json(args.json, {"provenance": source, "args": vars(args), "tables": tables})
+        with explain(f"{args.json} could not be written"):
+            write_json(args.json, {"provenance": source, "args": vars(args), "tables": tables})
 
 if __name__ == "__main__":
     cli(main)

@@ -7,11 +7,9 @@
 
 A run is a folder, runs/RECIPE/NAME. It holds history.csv and best.pt: the best epoch by validation
 accuracy and, until the run has ended, what a repeated command resumes from. A recipe is a set of
-defaults and nothing more. Any flag overrides it. Add --help to a command to see its defaults.
+defaults, and any flag overrides it. Add --help to a command to see its defaults.
 
-train() comes first and reads from top to bottom. The functions that it calls follow in the order of
-the calls: network, teachers, config, batches, the loop, validation, saving and resuming. Recipes
-and the command line come last.
+train() comes first. The functions that it calls follow in the order of the calls.
 """
 
 import argparse
@@ -20,7 +18,7 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -35,11 +33,6 @@ from evaluate import (SEEDS, compared, differences, metrics, origin, predict, us
                       write_csv)
 from kd import check_settings, distillation_loss, mean_teacher
 from models import forward
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock
-    fcntl = None
 
 SAVE_SECONDS = 20  # a run is saved no more often: AlexNet writes 0.7 GB each time
 
@@ -63,7 +56,7 @@ def train(args):
     turn = dist.new_group(backend="gloo", timeout=timedelta(hours=6)) if world > 1 else None
     if rank:  # the other processes wait until process 0 has written its caches
         dist.barrier(turn)
-    check_sources(args)  # before any image is decoded
+
     # 1. The images: row i of data.train.images, .labels and .ids is the same image.
     data = load_as(vars(args), args.size, ["train", "val"], args.cache)
     labels = data.train.labels.to(device)
@@ -113,15 +106,6 @@ def processes():
     """Return rank and world: the number of this process among torchrun's, or 0 of 1."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-def check_sources(args):
-    """Refuse a run whose images, weights or teachers are not there. Fetch ImageNet weights."""
-    existing_folder(args.data)
-    if args.weights == "imagenet":
-        models.imagenet_weights(args.arch)
-    paths = [args.weights, *(args.teacher or [])]
-    for path in [path for path in paths if path not in ("none", "imagenet")]:
-        models.existing_file(path)
-
 # ---- the network and what it reads ---------------------------------------------------------------
 def make_network(args, data, device):
     """Return the model and its trainable part, which is a submodule or the model itself."""
@@ -134,7 +118,9 @@ def make_network(args, data, device):
         raise UserError(f"--finetune {args.finetune} would freeze random weights; give --weights "
                         f"imagenet or a file that holds all, or --finetune all")
     if args.finetune != "all" and not model.facts["from_run"]:
-        models.initialise_anew(trainable)  # arXiv 2406.08837: all three layers of AlexNet's fc
+        for layer in trainable.modules():  # arXiv 2406.08837 begins with random layers in AlexNet
+            if isinstance(layer, torch.nn.Linear):
+                layer.reset_parameters()
     return model, trainable
 
 def make_optimizer(args, parameters):
@@ -147,10 +133,9 @@ def make_optimizer(args, parameters):
 def input_source(args, model, trainable, split, device, augment=False):
     """Return a source of what the trainable part reads: a function from rows to a tensor.
 
-    If the whole model is trained, these are images. If a part is frozen, its outputs are the
-    features of an image, the same in every epoch: they are computed once, and an epoch of the
-    recipe pneumonia's student takes a ninth of the time. Augmented images have other features in
-    every batch, so the frozen part then has to be run at every step."""
+    If the whole model is trained, these are images. Otherwise they are features, the outputs of the
+    frozen part. They are the same in every epoch, so they are computed once (an epoch of the recipe
+    pneumonia's student then takes a ninth of the time), unless images are augmented."""
     if trainable is model:
         return models.from_images(split.images, device)
     body = partial(models.features, model, trainable)
@@ -192,11 +177,9 @@ def load_teachers(args, data, device):
                 facts["weights_hash"])
         sources.append(source)
         teachers.append(facts)
-        same = facts["config"]["train"] == data.fingerprints["train"]
         accuracy = 100 * mean(facts["validation"]["accuracy"])
         print(f"teacher {path}: {facts['arch']}{models.state_of(facts)}, epoch {facts['epoch']}, "
-              f"validation accuracy {accuracy:.1f} %, trained on {facts['config']['data']}"
-              f"{'' if same else ' (other images or labels)'}")
+              f"validation accuracy {accuracy:.1f} %, trained on {facts['config']['data']}")
     if not sources:
         return None, teachers
 
@@ -235,8 +218,7 @@ def paired_batches(inputs, labels, teacher, batch_size, generator, steps=None, a
 
     inputs, teacher: sources, functions (rows, affines) -> tensor; without a teacher None.
     generator: decides the order of the images and, with `augment`, how each image of each batch is
-    moved. Student and teacher see it moved alike.
-    steps: the number of batches, be that less than one pass over the images or several passes."""
+    moved, alike for student and teacher. steps: the number of batches, if it is not one pass."""
     rank, world = processes()
     batches = []
     while len(batches) < (steps or 1):
@@ -264,7 +246,7 @@ def train_one_epoch(model, batches, optimizer, T=1.0, alpha=0.9, label_smoothing
     title: with it, a progress line shows how many of about n_steps batches are done."""
     model.train()  # the teacher is not in here: models.load_run put it in eval mode
     sums = torch.zeros(6, device=next(model.parameters()).device)
-    for x, y, teacher_logits in progress(batches, title, n_steps, sums) if title else batches:
+    for x, y, teacher_logits in progress(batches, title, n_steps) if title else batches:
         # (B, 3, H, W) images or (B, ...) features; (B,) or (B, K) labels; (B, C) or (B, K) logits
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             logits, aux = forward(model, x)  # (B, C); auxiliary heads, mostly none
@@ -286,16 +268,11 @@ def train_one_epoch(model, batches, optimizer, T=1.0, alpha=0.9, label_smoothing
                              labelled.sum() * n / y.numel(), torch.full_like(loss, n)]).detach()
     if dist.is_initialized():
         dist.all_reduce(sums)
-    row = epoch_figures(sums)
-    if not math.isfinite(row["loss"]):
-        raise UserError(f"the loss is {row['loss']} in {title} at learning rate "
-                        f"{optimizer.param_groups[0]['lr']:.2g}. Lower --lr, or set --clip 1")
-    return row
-
-def epoch_figures(sums):
-    """Return means over images. The accuracy is over the labelled images, and NaN where fewer than
-    half of them have a label: over a few labels it would jump from 0 to 100 %."""
     loss, hard, soft, right, labelled = (sums[:-1] / sums[-1]).tolist()
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} in {title} at learning rate "
+                        f"{optimizer.param_groups[0]['lr']:.2g}. Lower --lr, or set --clip 1")
+    # If fewer than half of the images have a label, their accuracy would jump from 0 to 100 %.
     accuracy = right / labelled if labelled >= 0.5 else math.nan
     return {"loss": loss, "hard": hard, "soft": soft, "train_accuracy": accuracy}
 
@@ -328,8 +305,7 @@ def ended(args, history):
 # ---- saving and resuming -------------------------------------------------------------------------
 def save_run(args, model, optimizer, history, best, facts, saved_epoch):
     """Write best.pt in one atomic step, then history.csv, which repeats a part of it as text.
-    best: a copy of the model, its epoch and its validation metrics. saved_epoch: the last one that
-    was saved before."""
+    best: a copy of the model, its epoch and its validation metrics."""
     if processes()[0]:  # process 0 writes
         return
     best_model, epoch, validation = best
@@ -337,17 +313,18 @@ def save_run(args, model, optimizer, history, best, facts, saved_epoch):
     if not ended(args, history):  # `last` is what the run resumes from
         last = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if epoch > saved_epoch:
-        for name in ("metrics.json", "predictions.csv"):  # figures of an earlier best epoch
-            (out / name).unlink(missing_ok=True)
+        for path in [*out.glob("metrics*.json"), *out.glob("predictions*.csv")]:
+            path.unlink()  # figures of an earlier best epoch
     models.save_checkpoint(out / "best.pt", best_model, **facts, history=history, last=last,
                            epoch=epoch, validation=validation,
                            train_accuracy=history[epoch - 1]["train_accuracy"])
     write_csv(out / "history.csv", history[0], (row.values() for row in history))
 
 def resume(args, config, model, optimizer):
-    """Return the history and the best epoch so far, and restore weights and optimiser. The history
-    of a new run is empty. A run that was begun with another config is refused."""
+    """Return the history and the best epoch so far, and restore weights and optimiser."""
     path, history, best = Path(args.out) / "best.pt", [], None
+    for part in path.parent.glob(".*.part"):  # of a process that was killed while it wrote
+        part.unlink(missing_ok=True)
     if path.exists():
         best_model, facts = models.load_run(path)
         changed = [f"{name} {old} (now {new})" if len(f"{old}{new}") < 30 else f"other {name}"
@@ -378,34 +355,13 @@ def resume(args, config, model, optimizer):
                             f"share --out, or start with an empty one")
     return history, best
 
-@contextmanager
-def locked(folder):
-    """Create the run folder if it is missing, and lock it against other commands until the end."""
-    os.makedirs(folder, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another command trains in {folder}: wait, or choose an --out") from error
-    try:
-        for part in Path(folder).glob(".*.part"):  # of a process that was killed while it wrote
-            part.unlink()
-        yield
-    finally:
-        with suppress(OSError):
-            os.rmdir(folder)  # only if it is empty: a mistake leaves nothing behind
-        if fcntl:
-            os.close(handle)
-
 def describe_run(args, model, trainable, data, done):
-    total, learning = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, trainable))
+    total, part = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, trainable))
     labelled = (data.train.labels >= 0).view(len(data.train.ids), -1).any(1).sum()
     wrong = f" ({data.n_wrong} of them wrong)" if data.n_wrong else ""
-    return (f"{args.role}: {args.arch} at {args.size} px, {total:.1f} M parameters, of which "
-            f"{learning:.1f} M are trained; to {args.out}\n"
-            f"{args.data}: {len(data.train.ids)} training images, {labelled} labelled{wrong}; "
-            f"{len(data.val.ids)} validation images"
+    return (f"{args.role}: {args.arch} at {args.size} px, {total:.1f} M parameters, {part:.1f} M "
+            f"trained; to {args.out}\n{args.data}: {len(data.train.ids)} training images, "
+            f"{labelled} labelled{wrong}; {len(data.val.ids)} validation images"
             + (f"\nresuming after epoch {done}" if done else ""))
 
 def describe_epoch(args, row):
@@ -425,18 +381,16 @@ RECIPES = {  # RECIPES[name][role]: flag -> value
     "demo": recipe(
         dict(data="phantoms", wrong_labels=0.2, clip=1.0, batch_size=16, lr_gamma=0.2),
         teacher=dict(arch="inception_v3", size=112, epochs=8, lr=0.02, lr_step=5),
-        student=dict(arch="alexnet", size=80, labels_per_class=10, epochs=20, steps_per_epoch=10,
-                     lr=0.03, lr_step=14)),
-    # The paper, arXiv 2406.08837, gives image sizes, decay and the student's trainable part. Its
-    # learning rates (5e-3, 2e-4) come without a batch size. So rates, batch sizes, epochs and a
-    # teacher whose layers are all trained were chosen on validation images. Without clip, students
-    # diverge at T >= 10.
+        student=dict(arch="shufflenet_v2_x0_5", size=80, labels_per_class=10, epochs=20,
+                     steps_per_epoch=20, lr=0.1, lr_step=14)),
+    # The paper, arXiv 2406.08837: image sizes, decay, trainable part of the student. The rest was
+    # chosen on validation images. Without clip, students diverge at T >= 10.
     "pneumonia": recipe(
         dict(weights="imagenet", lr_step=7, lr_gamma=0.9, clip=1.0),
         teacher=dict(arch="inception_v3", size=299, epochs=6, lr=0.02),
         student=dict(arch="alexnet", size=224, finetune="fc", epochs=20, lr=0.01, batch_size=128)),
     # A course report (National Tsing Hua University, 2023). --finetune head is its fixed features.
-    # Epochs and learning rate are ours. Of its 1000 images per class, 200 are for validation.
+    # Of its 1000 images per class, 200 are for validation. Epochs and learning rate are ours.
     "course": recipe(
         dict(weights="imagenet", per_class=1000, val_fraction=0.2, epochs=25, lr=1e-3,
              lr_gamma=0.1),
@@ -551,10 +505,19 @@ def main(argv=None):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if "cuda" in args.device else "gloo",
                                 timeout=timedelta(minutes=10))  # for a process that stands still
-    if rank := processes()[0]:  # process 0 prints and writes
+    if processes()[0]:  # process 0 prints and writes
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    with nullcontext() if rank else locked(args.out):
+    # What is missing, and an --out that is impossible, are errors before any image is decoded.
+    existing_folder(args.data)
+    for path in [args.weights, *(args.teacher or [])]:
+        if path not in ("none", "imagenet"):
+            models.existing_file(path)
+    os.makedirs(args.out, exist_ok=True)
+    try:
         train(args)
+    finally:
+        with suppress(OSError):
+            os.rmdir(args.out)  # only if it is empty: a mistake leaves nothing behind
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rcParams
 from matplotlib.figure import Figure
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for functions that import our scripts
 
-MIN_MAPS = 7  # last maps with fewer places per side show little of where a network looks
 T_975 = [0, 0, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, by n
+T_975 += [1.96 + 2.372 / n + 2.823 / n**2 for n in range(10, 1000)]  # an expansion, to 0.1 %
 rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ids that stay", "axes.grid": True,
                  "axes.grid.axis": "y", "grid.color": "0.85", "figure.constrained_layout.use": 1})
 
@@ -40,10 +39,17 @@ def table(content):
                 x, low, high = (100 * np.array(figures[k], float) for k in ("mean", "low", "high"))
                 ax.plot([low, high], [y, y], "k-", x, y, "ko")  # null is NaN by now: not drawn
                 ax.text(x, y - 0.2, f"{x:.1f}", ha="center", backgroundcolor="w", zorder=1)
-        titles = [f"{e['title']}\n{e.get('arch') or 'minus ' + e['minus']}" for e in entries]
-        axes[0].set_yticks(range(len(entries)), titles)
+        axes[0].set_yticks(range(len(entries)), [f"{in_words(e['title'])}\n" + (
+            e.get("arch") or f"minus {in_words(e['minus'])}") for e in entries])
         axes[0].set_ylim(len(entries) - 0.5, -0.7)  # the first row on top
     return fig
+
+def in_words(name):
+    """Turn the name of a run folder, such as student-T4-all-labels, into words if it has a role."""
+    role, *parts = re.split(r"-(?=T\d|alpha|seed|\d|all-)", name)
+    role = "self-distilled student" if role in ("self-distilled", "student-of-itself") else role
+    parts = [re.sub(r"(?<=[Tad])(?=\d)", " ", p.replace("-", " ")) for p in parts if p != "T1"]
+    return ", ".join([role, *parts]) if re.search("(teacher|baseline|student)$", role) else name
 
 def curves(folders):
     """Accuracy by epoch: a panel for each row of the table, its runs' folders equal but -seedN."""
@@ -62,39 +68,36 @@ def curves(folders):
     return fig
 
 def labels(content):
-    """AUC and accuracy by the number of labels: means over seeds, 95 % intervals by Student's t."""
-    runs, lines = content["runs"], {}  # lines: {who teaches: {labels of each class: [run, ...]}}
-    for run in runs.values():
-        config, who = run["config"], "on those labels alone"
+    """Test AUC (over findings: the mean) by the number of labels, 95 % intervals by Student's t."""
+    runs, lines = content["runs"], {}  # lines: {what is trained: {labels per class: [AUC, ...]}}
+    for config, auc in [(run["config"], run["test"]["auc"]) for run in runs.values()]:
+        folders = {str(Path(t)).removesuffix("/best.pt") for t in config["teacher"] or []}
+        teachers = [runs[f]["config"] for f in folders & runs.keys()]  # those that are known
+        which = "all" if all(t["labels_per_class"] is None for t in teachers) else "fewer"
+        who = f"student, teacher trained on {which} labels"
+        if any(t["role"] == "baseline" for t in teachers):
+            who = "self-distilled student (teacher: the baseline)"
+        who += f", alpha {config['alpha']}" * (config["alpha"] != 0.9)
+        who = who if config["role"] == "student" and config["alpha"] > 0 else "baseline"
         n = np.inf if config["labels_per_class"] is None else config["labels_per_class"]
-        if config["role"] == "student" and config["alpha"] > 0:
-            folders = {str(Path(t)).removesuffix("/best.pt") for t in config["teacher"]}
-            few = n in [runs[f]["config"]["labels_per_class"] for f in folders & runs.keys()]
-            who = f"with a teacher of {'the same' if few else 'all'} labels, alpha "
-            who += f"{config['alpha']}"
         if config["role"] != "teacher":
-            lines.setdefault(who, {}).setdefault(n, []).append(run)
+            lines.setdefault(who, {}).setdefault(n, []).append(np.nanmean(np.array(auc, float)))
     counts = sorted(set().union(*lines.values()))
-    fig = Figure((8.75, 5.8))
-    for axes, column in zip(fig.subplots(2, 2, sharey="row"), ("auc", "accuracy"), strict=True):
-        for ax, split in zip(axes, ("validation", "test"), strict=True):
-            ax.set_title(f"{column.replace('auc', 'AUC')}, % ({split})")
-            ax.set_xlabel("labels of each class")
-            ax.set_xticks(range(len(counts)), ["all" if n == np.inf else n for n in counts])
-            for k, (who, line) in enumerate(sorted(lines.items())):
-                values = [100 * np.array([r[split][column] for r in line[n]]) for n in sorted(line)]
-                bars = [T_975[len(v)] * v.std() / max(len(v) - 1, 1) ** 0.5 for v in values]
-                places = [counts.index(n) + 0.1 * k for n in sorted(line)]  # bars side by side
-                ax.errorbar(places, [v.mean() for v in values], bars, label=who,
-                            fmt=["k--o", "k-o", "k:s", "k-.^"][k], mfc="w" if k == 0 else "k")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    ax = (fig := Figure((8.75, 4.2))).subplots()
+    ax.set(xlabel="labels per class", title="test AUC, %, and 95 % interval of its mean over seeds")
+    ax.set_xticks(range(len(counts)), ["all" if n == np.inf else n for n in counts])
+    for k, (who, line) in enumerate(sorted(lines.items())):
+        places = [counts.index(n) + 0.05 * k for n in sorted(line)]  # bars side by side
+        values = [100 * np.array(line[n]) for n in sorted(line)]
+        bars = [T_975[min(len(v), 999)] * v.std() / max(len(v) - 1, 1) ** 0.5 for v in values]
+        ax.errorbar(places, [v.mean() for v in values], bars, label=who, fmt="os^Dv"[k % 5] + "-")
+    fig.legend(loc="outside upper center", ncols=2)
     return fig
 
 def cams(folders, only_mistakes=False):
     """Draw Grad-CAM of test images, a row per image and a column per run; None if there are none.
     Heat lies over what speaks for an image's true class, whatever class the run predicts."""
     from data import UserError, prepare
-    from evaluate import short
     from models import grad_cam
     runs = [(Path(folder).name, *run) for folder in folders if (run := load(folder))]
     if not runs:
@@ -119,7 +122,7 @@ def cams(folders, only_mistakes=False):
         images = own.test.images[chosen]  # of the size that this run was trained on
         x = prepare(images, next(model.parameters()).device)
         heats = grad_cam(model, x, targets[chosen].tolist()).cpu().numpy()
-        column[0].set_title(short(name), fontsize="small")
+        column[0].set_title(name, fontsize="small")
         for ax, i, image, heat in zip(column, chosen, images, heats, strict=True):
             ax.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=255)
             ax.imshow(heat, cmap="autumn", alpha=0.6 * heat)
@@ -134,23 +137,20 @@ def load(folder):
     """Return network, data and test probabilities (N, C) of a run; None if its maps are coarse."""
     import torch
     from data import load_as, prepare
-    from evaluate import predict
+    from evaluate import predict, probabilities
     from models import from_images, last_maps, load_run, refuse_foreign
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, facts = load_run(folder)
     data = load_as(facts["config"], facts["size"], ("val", "test"), facts["config"]["cache"])
     refuse_foreign(folder, facts, data)
-    maps = last_maps(model.to(device), prepare(data.test.images[:1], device))[1]
-    if maps < MIN_MAPS:
+    if (maps := last_maps(model.to(device), prepare(data.test.images[:1], device))[1]) < 7:
         return print(f"{folder} is not drawn. Maps of {maps} x {maps} are coarse: raise its --size")
-    source = from_images(data.test.images, device)
-    logits = predict(model, source, len(data.test.ids), device).double()
-    return model, data, (logits.sigmoid() if data.multilabel else logits.softmax(1)).numpy()
+    logits = predict(model, from_images(data.test.images, device), len(data.test.ids), device)
+    return model, data, probabilities(logits, data.multilabel).numpy()
 
 def judge(labels, p):
-    """Return the class whose heat is drawn (N,), and what each run predicts with which probability,
-    both (R, N). p (R, N, C): the probabilities of R runs; labels: (N,) classes, or (N, C) findings.
-    A call of C + k means "no finding k"."""
+    """Return the class whose heat is drawn (N,), each run's calls (R, N) and their probabilities.
+    p: (R, N, C). labels: (N,), or (N, C) findings. A call of C + k means "no finding k"."""
     if labels.ndim == 1:
         return labels, p.argmax(2), p.max(2)
     targets = np.where((labels == 1).any(1), (labels == 1).argmax(1), -1)  # the first that it shows
@@ -158,9 +158,8 @@ def judge(labels, p):
     return targets, targets + labels.shape[1] * (p <= 0.5), np.maximum(p, 1 - p)
 
 def choose(targets, calls, said, patients, only_mistakes=False):
-    """Return the rows of the images to draw, at most one per patient. Up to 3 mistakes of any run
-    come first, the most confident one on top. Images that all runs call correctly, of each class
-    in turn, then make it 6. With only_mistakes there are up to 12 mistakes and nothing else."""
+    """Return the rows to draw, one per patient: up to 3 mistakes, the most confident on top, then
+    images that all runs call correctly, of each class in turn. Or else up to 12 mistakes."""
     missed = (calls != targets).any(0).tolist()
     confidence = np.where(missed, (said * (calls != targets)).max(0), said.mean(0))
     surest = {}  # of each patient one mistake and one image that is called correctly
@@ -197,8 +196,7 @@ def roc(folders):
         told, share = (np.bincount(bins, values) / np.bincount(bins) for values in (p, truth))
         right.plot(told, share, "o-", markersize=4)
     left.set(title="ROC curve", xlabel="1 - specificity", ylabel="sensitivity")
-    right.set(title="reliability, 15 bins", ylabel=f"share of {classes[1]}",
-              xlabel=f"mean predicted probability of {classes[1]}")
+    right.set(title="reliability", xlabel="mean probability", ylabel=f"share of {classes[1]}")
     for ax in (left, right):
         ax.plot([0, 1], [0, 1], ":", color="0.6")
     left.legend(loc="lower right", fontsize="small")

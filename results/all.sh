@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Every table that two cores can make: bash results/all.sh, or some: bash results/all.sh labels ten
+# Every table that two cores can make: bash results/all.sh, or some of them: bash results/all.sh small labels
 #
-# Parts: demo labels ten draws cores findings costs; and, which take hours without a GPU, paper three
-# course. Finished runs are not trained again, a killed one goes on. All but demo, findings and costs need
-# the X-rays in data/chest_xray; ten and draws need the runs of labels. WEIGHTS and TEACHER_WEIGHTS name
-# files for labels, ten, draws and cores, where torchvision's ImageNet weights cannot be fetched.
+# Parts: demo small labels ten draws cores findings costs. The parts paper, three and course take hours
+# without a GPU and run only if they are named. Finished runs are not trained again, and killed runs resume.
+# All but demo, findings and costs need the X-rays in data/chest_xray; ten and draws also need the runs of
+# labels. WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's ImageNet weights cannot be fetched.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 xrays="--data data/chest_xray --weights ${WEIGHTS:-imagenet}"
@@ -13,23 +13,33 @@ inception="--data data/chest_xray --weights ${TEACHER_WEIGHTS:-imagenet} --size 
 
 demo() {
   for s in 0 1 2 3 4; do
-    python train.py --role teacher --seed $s --out runs/demo/teacher-seed$s
-    student="--role student --T 1 --seed $s --teacher runs/demo/teacher-seed$s"
-    python train.py --role baseline --seed $s --out runs/demo/baseline-seed$s
-    python train.py $student --out runs/demo/student-T1-seed$s
-    python train.py --role student --T 1 --seed $s --teacher runs/demo/baseline-seed$s \
-      --out runs/demo/student-of-itself-seed$s
-  done
-  for s in 0 1; do
-    student="--role student --T 1 --seed $s --teacher runs/demo/teacher-seed$s"
-    python train.py --role baseline --seed $s --labels-per-class 320 --out runs/demo/baseline-all-labels-seed$s
-    python train.py $student --per-class 10 --out runs/demo/student-T1-20-images-seed$s
-    python train.py $student --alpha 0.5 --out runs/demo/student-T1-alpha0.5-seed$s
+    r=runs/demo teacher=runs/demo/teacher-seed$s baseline=runs/demo/baseline-seed$s
+    python train.py --role teacher --seed $s --out $teacher
+    python train.py --role baseline --seed $s --out $baseline
+    python train.py --role student --T 1 --seed $s --teacher $teacher --out $r/student-T1-seed$s
+    python train.py --role student --T 1 --seed $s --teacher $baseline --out $r/self-distilled-seed$s
+    python train.py --role baseline --seed $s --labels-per-class 320 --out $r/baseline-all-labels-seed$s
   done
   python evaluate.py runs/demo --json results/demo.json
   python figures/plots.py table results/demo.json figures/demo.svg
   python figures/plots.py curves figures/demo-curves.svg runs/demo/teacher-seed* runs/demo/baseline-seed* \
     runs/demo/student-T1-seed*
+}
+
+small() {  # ShuffleNetV2 x0.5, with random first weights, learns from InceptionV3
+  r=runs/small steps="--size 96 --batch-size 64 --steps-per-epoch 74 --epochs 8 --lr-step 3 --lr-gamma 0.3"
+  for s in 0 1 2; do
+    x="--data data/chest_xray --weights none --finetune all --arch shufflenet_v2_x0_5 $steps --seed $s"
+    few="$x --lr 0.02 --labels-per-class 10" all="$x --lr 0.05" teacher=runs/labels/inception-seed$s
+    python train.py --role teacher $inception --seed $s --out $teacher
+    python train.py --role baseline $few --out $r/baseline-20-labels-seed$s
+    python train.py --role student $few --teacher $r/baseline-20-labels-seed$s --out $r/self-20-labels-seed$s
+    python train.py --role student $few --teacher $teacher --out $r/student-20-labels-seed$s
+    python train.py --role baseline $all --out $r/baseline-all-labels-seed$s
+    python train.py --role student $all --teacher $teacher --out $r/student-all-labels-seed$s
+    python train.py --role student $all --teacher $teacher --alpha 1 --out $r/student-alpha1-seed$s
+  done
+  python evaluate.py $r runs/labels/inception-seed* --json results/small.json
 }
 
 labels() {
@@ -117,7 +127,7 @@ three() {  # three classes: normal, reversed and defective teachers
     python train.py --role student $large --out $r/reversed-seed$s --T 4 --teacher $r/small-seed$s
     python train.py --role student $x --out $r/defective-seed$s --T 4 --teacher $r/stopped-seed$s
   done
-  python evaluate.py --grid runs/three --json results/three-classes.json
+  python evaluate.py runs/three --json results/three-classes.json
 }
 
 course() {  # fine-tuning or fixed features
@@ -148,4 +158,4 @@ costs() {  # on a machine that does nothing else
     --json results/cost-inception_v3-alexnet.json
 }
 
-for part in ${@:-demo labels ten draws cores findings costs}; do $part; done
+for part in ${@:-demo small labels ten draws cores findings costs}; do $part; done

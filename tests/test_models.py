@@ -4,7 +4,6 @@ import copy
 import hashlib
 import http.server
 import inspect
-import math
 import re
 import threading
 import zipfile
@@ -90,12 +89,19 @@ def test_auxiliary_heads_are_there_where_the_image_is_large_enough_and_only_ther
     assert models.forward(models.build("googlenet", 2, size=63).train(), torch.randn(2, 3, 63, 63))[1] == []
 
 
+@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "mnasnet0_5", "resnet18"])
+def test_batchnorm_averages_follow_within_ten_steps(arch):
+    """MNASNet's momentum of 0.0003 and MobileNetV3's of 0.01 are raised, torch's default of 0.1 stays."""
+    layers = [layer for layer in models.build(arch, 2, 64).modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert len(layers) > 9 and {layer.momentum for layer in layers} == {0.1}
+
+
 @pytest.mark.parametrize("arch, size, says", [
     ("squeezenet1_1", 16, "Output size is too small"), ("inception_v3", 74, "Calculated padded input size"),
 ])
 def test_a_size_that_a_network_cannot_take_is_refused_with_torchs_reason(arch, size, says):
     said = refused(models.build, arch, 2, size)
-    assert said.startswith(f"{arch} cannot take images of {size} x {size} pixels; choose another --size")
+    assert said.startswith(f"{arch} cannot take {size} x {size} images; choose a size")
     assert says in said
 
 
@@ -159,19 +165,6 @@ def test_freezing_only_freezes_no_weight_changes_by_it(finetune):
         learns = finetune == "all" or id(layer) in inside
         assert all(p.requires_grad == learns for p in layer.parameters(recurse=False))
         assert learns or not layer.training  # BatchNorm's averages and dropout rest as well
-
-
-def test_initialising_anew_changes_the_linear_layers_of_the_part_it_is_given_and_nothing_else():
-    model = models.build("mobilenet_v3_small", 2, 32)
-    for value in model.parameters():
-        nn.init.constant_(value, 2.0)  # far outside of what random weights are
-    before = copied(model)
-    models.initialise_anew(model.features)  # has convolutions alone
-    assert same(before, model.state_dict())
-    models.initialise_anew(models.freeze(model, "fc"))
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {f"classifier.{i}.{kind}" for i in (0, 3) for kind in ("weight", "bias")}
-    assert model.classifier[0].weight.abs().max() <= 1 / math.sqrt(576)  # torch's default for 576 inputs
 
 
 @pytest.mark.parametrize("arch", ["alexnet", "googlenet", "shufflenet_v2_x0_5", "squeezenet1_1", "densenet121"])
@@ -296,13 +289,13 @@ def test_what_is_no_checkpoint_is_refused(content, says):
 def test_a_run_that_lacks_a_fact_is_refused_with_its_name():
     model = small()
     save_run_without(model=model)
-    assert models.load_run("x.pt")[1].keys() >= models.RUN_FACTS
+    assert models.load_run("x.pt")[1].keys() >= {*models.RUN_FACTS}
     for name in models.RUN_FACTS:
         save_run_without(name, model=model)
         said = refused(models.load_run, "x.pt")
         assert said.startswith("x.pt was not made by train.py") and name in said
     save_run_without("config", "epoch", model=model)
-    assert "config, epoch is missing" in refused(models.load_run, "x.pt")
+    assert "config, epoch missing" in refused(models.load_run, "x.pt")
 
 
 @pytest.mark.parametrize("name", ["arch", "num_classes", "aux", "transform_input"])
@@ -489,13 +482,8 @@ def test_imagenet_weights_leave_the_same_random_head_as_a_file_of_the_same_tenso
     made = []
     for weights in ("imagenet", str(path)):
         torch.manual_seed(0)
-        model = models.build("resnet18", 2, 32, weights=weights)
-        made.append((copied(model), copied(model)))
-        models.initialise_anew(models.freeze(model, "fc"))  # as train.py does, by what is drawn next
-        made[-1] = (made[-1][0], copied(model))
-    for a, b in zip(*made, strict=True):
-        assert same(a, b)
-    assert not torch.equal(made[0][0]["fc.weight"], made[0][1]["fc.weight"])
+        made.append((copied(models.build("resnet18", 2, 32, weights=weights)), torch.rand(1)))
+    assert same(made[0][0], made[1][0]) and made[0][1] == made[1][1]  # and what is drawn next
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

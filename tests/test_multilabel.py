@@ -1,6 +1,6 @@
 """Several findings per image: the public CSVs as they are published, the sigmoid loss, and AUC per finding."""
 
-import csv
+import json
 import re
 
 import pytest
@@ -11,31 +11,6 @@ import data
 import evaluate
 import kd
 import models
-
-PADCHEST = ["", "ImageID", "ImageDir", "PatientID", "Projection", "PhotometricInterpretation_DICOM", "Labels"]
-
-
-def write_padchest(root, rows):
-    """Write images and their CSV. rows: image number, patient number, view, photometric interpretation, labels."""
-    (root / "0").mkdir(parents=True, exist_ok=True)
-    with open(root / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv", "w") as file:
-        writer = csv.writer(file)
-        writer.writerow(PADCHEST)
-        for i, patient, view, kind, words in rows:
-            writer.writerow([i, f"{i}.png", "0", f"p{patient}", view, kind, words])
-            image_file(root / f"0/{i}.png", shade=30)
-    return root
-
-
-@pytest.fixture
-def padchest(tmp_path):
-    rows = []
-    for i in range(40):
-        words = "['pneumonia', ' infiltrates']" if i % 2 else ["", "['normal']", "['mass', ' COPD signs']"][i % 3]
-        kind, view = ("MONOCHROME1", "PA") if i % 4 == 0 else ("MONOCHROME2", "L" if i % 5 == 4 else "AP")
-        rows.append((i, i // 2, view, kind, words))
-    return write_padchest(tmp_path / "padchest", rows)
-
 
 def by_id(split):
     return {id: labels for id, labels in zip(split.ids, split.labels.tolist(), strict=True)}
@@ -65,7 +40,7 @@ def test_chexpert_is_read_as_published(chexpert):
     (("Hernia", "hernia"), "not the CSV that its authors published.*hernia"),
     (("Mass,0,5,", "Mass,0,,"), "not the CSV that its authors published"),
 ])
-def test_misspelt_labels_and_missing_patients_are_refused(nih, wrong, says):
+def test_wrong_labels_and_patients_are_refused(nih, wrong, says):
     path = nih / "Data_Entry_2017.csv"
     assert wrong[0] in path.read_text()
     path.write_text(path.read_text().replace(*wrong))
@@ -84,36 +59,6 @@ def test_a_csv_without_its_images_is_refused(nih):
         path.unlink()
     with pytest.raises(data.UserError, match="No image of .*Data_Entry_2017.csv is below"):
         data.list_images(nih)
-
-
-def test_padchest_is_read_as_published(padchest):
-    loaded = data.load(padchest, 40, ("train", "val", "test"))
-    labels, shades = {}, {}
-    for split in (loaded.train, loaded.val, loaded.test):
-        labels |= by_id(split)
-        shades |= dict(zip(split.ids, split.images.flatten(1).float().mean(1).tolist(), strict=True))
-    names = {id: [loaded.classes[k] for k, on in enumerate(row) if on] for id, row in labels.items()}
-    assert names["1.png"] == ["infiltrates", "pneumonia"] and names["2.png"] == ["mass"]
-    assert names["4.png"] == []  # normal
-    assert shades["4.png"] == 225 and shades["1.png"] == 30
-    assert not any(int(id.split(".")[0]) % 5 == 4 and int(id.split(".")[0]) % 4 for id in labels)
-    assert not set(loaded.test.groups) & (set(loaded.train.groups) | set(loaded.val.groups))
-
-
-def test_padchest_images_without_a_report_are_left_out(tmp_path):
-    words = ["['normal']", "", "[]", "['exclude']", "['mass', ' exclude ']", "['excluded']", "['mass']", "['']"]
-    root = write_padchest(tmp_path / "p", [(i, i, "PA", "MONOCHROME2", each) for i, each in enumerate(words)])
-    found = {r["id"]: sum(r["label"]) for r in data.list_images(str(root))[0]}
-    assert found == {"0.png": 0, "5.png": 0, "6.png": 1}
-
-
-def test_a_tenth_of_padchests_patients_is_the_test_set(tmp_path):
-    rows = [(i, i // 2, "PA", "MONOCHROME2", "['normal']") for i in range(200)]
-    held = []
-    for order in (rows, rows[::-1]):
-        root = write_padchest(tmp_path / "p", order)
-        held.append({r["group"] for r in data.list_images(str(root))[0] if r["split"] == "test"})
-    assert held[0] == held[1] and 3 <= len(held[0]) <= 20  # of 100
 
 
 def test_absent_images_and_columns_are_noticed(nih, capsys):
@@ -136,7 +81,7 @@ def test_a_spoiled_label_is_named(chexpert, spoiled):
     assert "\n" not in str(error.value)
 
 
-def test_the_corrected_csv_of_chest_xray14_comes_first(nih, capsys):
+def test_the_newest_csv_of_chest_xray14_is_read(nih, capsys):
     text = (nih / "Data_Entry_2017.csv").read_text().replace("Cardiomegaly|Emphysema", "Edema")
     (nih / "Data_Entry_2017_v2020.csv").write_text(text)
     records, names = data.list_images(str(nih))
@@ -197,19 +142,16 @@ def test_all_roles_run_on_several_findings(few_phantoms, capsys):
     fit("--out", "b", *flags, role="baseline", small=BARE)
     fit("--out", "s", "--teacher", "t", *flags, role="student", small=BARE)
     capsys.readouterr()
-    evaluate.main(["t", "b", "s", "--json", "all.json", "--grid"])
+    evaluate.main(["t", "b", "s", "--json", "all.json"])
     text = capsys.readouterr().out
-    for wanted in ("always the same ", "LARGE_HEART ", "parameters, M ", "  minus b "):
+    for wanted in ("LARGE_HEART ", "parameters, M ", "  minus b "):
         assert f"\n{wanted}" in text, wanted
-    stored = evaluate.json.loads(open("all.json").read())["runs"]["t"]["test"]
+    stored = json.loads(open("all.json").read())["runs"]["t"]["test"]
     truth = data.load("findings", 32, ("test",)).test.labels
     assert len(stored["auc"]) == 3 and f"{int(truth[:, 0].sum())} of 16" in text
-    header, score, floor = text[text.index("16 test images, %") :].splitlines()[:3]
+    header, score = text[text.index("16 test images, %") :].splitlines()[:2]
     assert header.split()[-6:] == ["validation", "auc", "accuracy", "specificity", "sensitivity", "ece"]
     assert score.split() == ["auc"] and score.index("auc") + 3 == header.index("validation") + len("validation")
-    rate = truth.mean(0).mean().item()
-    assert floor.split() == ["always", "the", "same", "50.0", f"{100 * (1 - rate):.1f}", "100.0", "0.0"]
-    assert floor.index("50.0") + 4 == header.index(" auc") + 4
 
 
 BARE = ["--arch", "squeezenet1_1", "--size", "32", "--epochs", "2", "--batch-size", "8", "--lr", "0.01"]
@@ -229,7 +171,7 @@ def test_several_findings_use_the_sigmoid_loss(few_phantoms, monkeypatch):
         assert (torch.cdist(teacher_logits, teacher).amin(1) < 1e-4).all()
 
 
-def test_a_finding_without_labels_is_learned_from_the_teacher(chexpert, monkeypatch):
+def test_a_teacher_teaches_an_unlabelled_finding(chexpert, monkeypatch):
     """The third finding of this CheXpert is uncertain in every image. Without a teacher, the row of the head for this
     finding does not change."""
     flags = ["--data", str(chexpert), "--recipe", "multilabel", "--weights", "none", "--arch", "tiny",
@@ -246,6 +188,7 @@ def test_a_finding_without_labels_is_learned_from_the_teacher(chexpert, monkeypa
         assert moved.tolist() == [k != 2 or has_logits for k in range(13)]
 
 
-def test_mnasnet_has_the_momentum_of_other_networks():
-    model = models.build("mnasnet1_0", 2, 64)
-    assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
+@pytest.mark.parametrize("arch", ["mnasnet1_0", "mobilenet_v3_small", "resnet18"])
+def test_batchnorm_has_the_momentum_of_torch(arch):
+    layers = [m for m in models.build(arch, 2, 64).modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert {m.momentum for m in layers} == {0.1}

@@ -97,8 +97,19 @@ def test_a_picture_holds_its_text_as_text_and_no_date(monkeypatch):
     said = texts("one.svg")
     for words in ("one & only", "alexnet", "96.2", "minus baseline", "-20.0", "AUC, %"):
         assert words in said, words
+    assert 'width="630pt"' in Path("one.svg").read_text()  # 840 pixels
     assert Path("one.svg").read_bytes() == Path("two.svg").read_bytes()
     assert "date" not in Path("one.svg").read_text()
+
+
+@pytest.mark.parametrize("name, words", [
+    ("teacher", "teacher"), ("student-T1", "student"), ("student-T4-alpha0.5-seed3", "student, T 4, alpha 0.5, seed 3"),
+    ("baseline-all-labels", "baseline, all labels"), ("student-T1-20-images", "student, 20 images"),
+    ("self-distilled", "self-distilled student"), ("student-of-itself", "self-distilled student"),
+    ("moved-alone-10", "moved-alone-10"), ("teacher-resnet18", "teacher-resnet18")])
+def test_names_of_run_folders_in_words(name, words):
+    assert plots.in_words(name) == words
+    assert words in plots.table({"rows": [row(name, 0.9, 0.8, 1.0)], "gains": []}).axes[0].get_yticklabels()[0].get_text()
 
 
 # ---- the curves
@@ -148,49 +159,70 @@ def points(ax):
         line[0].get_xydata().tolist(), line[2][0].get_segments(), strict=True)] for line in ax.containers}
 
 
-ALONE = "on those labels alone"
-ALL, SAME = (f"with a teacher of {which} labels, alpha 0.9" for which in ("all", "the same"))
+SELF = "self-distilled student (teacher: the baseline)"
+ALL, FEWER = (f"student, teacher trained on {which} labels" for which in ("all", "fewer"))
 
 
-def test_a_point_is_the_mean_over_seeds_and_its_bar_students_interval_of_that_mean():
-    runs = {f"alone-seed{s}": run("baseline", 10, auc) for s, auc in enumerate((0.8, 0.9, 0.7))}
+def test_points_are_means_with_students_intervals():
+    runs = {f"b-seed{s}": run("baseline", 10, auc) for s, auc in enumerate((0.8, 0.9, 0.7))}
     runs["all"] = run("baseline", None, 0.95)  # a single seed has no bar
-    axes = plots.labels({"runs": runs}).axes
-    assert [ax.get_title() for ax in axes] == ["AUC, % (validation)", "AUC, % (test)", "accuracy, % (validation)",
-                                               "accuracy, % (test)"]
-    assert [tick.get_text() for tick in axes[1].get_xticklabels()] == ["10", "all"]
+    [ax] = plots.labels({"runs": runs}).axes
+    assert "AUC, %" in ax.get_title() and ax.get_xlabel() == "labels per class"
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["10", "all"]
     half = 4.303 * 10 / 3**0.5  # by hand: the deviation of 80, 90 and 70 is 10
-    few, every = points(axes[1])[ALONE]
+    few, every = points(ax)["baseline"]
     assert few == pytest.approx((0, 80, 80 - half, 80 + half), abs=0.01)
     assert every == pytest.approx((1, 95, 95, 95))
-    assert [points(ax)[ALONE][0][1] for ax in axes] == pytest.approx([81, 80, 71, 70])
 
 
-def test_a_line_is_told_by_who_taught_its_runs():
+@pytest.mark.parametrize("n", [3, 10, 11, 15, 40])
+def test_t_holds_975_permille_of_its_density(n):
+    t = np.linspace(-400, plots.T_975[n], 2_000_001)
+    density = (1 + t**2 / (n - 1)) ** (-n / 2) * math.gamma(n / 2) / math.gamma((n - 1) / 2) / ((n - 1) * math.pi) ** 0.5
+    assert density.sum() * (t[1] - t[0]) == pytest.approx(0.975, abs=2e-4)
+
+
+def test_more_runs_than_the_table_of_t_are_drawn():
+    runs = {f"b{s}": run("baseline", 10, 0.8 + 0.1 * (s % 2)) for s in range(2000)}
+    [(_, mean, low, high)] = points(plots.labels({"runs": runs}).axes[0])["baseline"]
+    assert (mean, high - low) == pytest.approx((85, 2 * 1.96 * 5 / 2000**0.5), rel=0.002)
+
+
+def test_lines_are_named_by_their_teachers():
     runs = {
-        "alone": run("baseline", 10, 0.7),
+        "b10": run("baseline", 10, 0.7),
         "zero": run("student", 30, 0.71, ["elsewhere"], alpha=0),  # a baseline, by another name
         "t10": run("teacher", 10, 0.1), "t": run("teacher", None, 0.1),
         "same": run("student", 10, 0.8, ["t10/"]), "same-file": run("student", 10, 0.8, ["t10/best.pt"]),
         "all": run("student", 10, 0.9, ["t"]), "absent": run("student", 10, 0.9, ["runs/elsewhere"]),
         "all-labels": run("student", None, 0.95, ["t"]), "none": run("student", 0, 0.85, ["t"]),
+        "self": run("student", 10, 0.6, ["b10"]),
     }
-    ax = plots.labels({"runs": runs}).axes[1]
+    [ax] = plots.labels({"runs": runs}).axes
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "10", "30", "all"]
     rounded = {words: [(round(p), round(m)) for p, m, *_ in line] for words, line in points(ax).items()}
-    assert rounded == {ALONE: [(1, 70), (2, 71)], ALL: [(0, 85), (1, 90), (3, 95)], SAME: [(1, 80)]}
+    assert rounded == {"baseline": [(1, 70), (2, 71)], ALL: [(0, 85), (1, 90), (3, 95)], FEWER: [(1, 80)],
+                       SELF: [(1, 60)]}
 
 
-def test_students_of_another_alpha_have_a_line_of_their_own():
-    runs = {"a": run("student", 10, 0.8, ["t"]), "b": run("student", 10, 0.9, ["t"], alpha=1.0)}
-    assert len(points(plots.labels({"runs": runs}).axes[0])) == 2
+def test_each_alpha_has_a_line_of_its_own_and_seven_differ():
+    runs = {f"{a}": run("student", 10, a, ["t"], alpha=a) for a in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)}
+    ax = plots.labels({"runs": runs}).axes[0]
+    assert len(points(ax)) == 7 and f"{ALL}, alpha 0.5" in points(ax) and ALL in points(ax)
+    assert len({(line[0].get_marker(), line[0].get_color()) for line in ax.containers}) == 7
+
+
+def test_the_auc_of_findings_is_their_mean():
+    runs = {"a": run("baseline", 10, 0.8)}
+    runs["a"]["test"]["auc"] = [0.8, None, 0.9]
+    assert points(plots.labels({"runs": runs}).axes[0])["baseline"][0][1] == pytest.approx(85)
 
 
 def test_the_figure_of_labels_is_drawn_from_the_results(monkeypatch):
     type_in(monkeypatch, "labels", ROOT / "results/labels.json", "labels.svg")
     marks = [[float(shape.get(at)) for shape in ElementTree.parse(path).iter() if shape.tag.endswith("}use")
               for at in "xy"] for path in ("labels.svg", ROOT / "figures/labels.svg")]
-    assert len(marks[0]) > 80 and marks[0] == pytest.approx(marks[1], abs=2)  # another matplotlib's margins
+    assert len(marks[0]) > 30 and marks[0] == pytest.approx(marks[1], abs=2)  # another matplotlib's margins
     assert texts("labels.svg") == texts(ROOT / "figures/labels.svg")
 
 
@@ -342,7 +374,7 @@ def test_reliability_bins_are_those_by_hand():
     assert np.allclose(points, [[0.03, 0.5], [0.64, 0], [0.68, 1], [0.9, 1], [0.975, 0.5]])
 
 
-def test_validation_rows_do_not_count():
+def test_roc_leaves_out_validation_rows():
     logits = [[0.0, m] for m in (-1.0, 1.0, 2.0, -2.0)]
     write_predictions("a", [0, 1, 0, 1], logits, split=["test", "test", "validation", "validation"])
     assert plots.roc(["a"]).axes[0].lines[0].get_label() == "a, AUC 100.0 %"

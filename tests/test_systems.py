@@ -2,8 +2,6 @@
 fine-tuning or fixed features; normal, reversed and defective teachers; several teachers."""
 
 import csv
-import json
-import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ import torch
 from conftest import fit, run
 
 import data
-import evaluate
 import models
 import train
 
@@ -19,11 +16,10 @@ import train
 # ---- SE-ResNets
 
 
-def test_se_resnets_have_the_published_size():
-    for arch, published in (("seresnet50", 28_088_024), ("seresnet101", 49_326_872)):
-        with torch.device("meta"):
-            model = models.bare_network(arch, aux=False)
-        assert sum(p.numel() for p in model.parameters()) == published
+def test_seresnet50_has_the_published_size():
+    with torch.device("meta"):
+        model = models.bare_network("seresnet50", aux=False)
+    assert sum(p.numel() for p in model.parameters()) == 28_088_024
 
 
 def test_an_se_resnet_starts_from_a_resnet():
@@ -91,7 +87,7 @@ def train_stopped(monkeypatch):
         run(*STOPPED)
 
 
-def test_a_defective_teacher_stops_above_its_threshold(few_phantoms, monkeypatch, capsys):
+def test_a_defective_teacher_stops_in_time(few_phantoms, monkeypatch, capsys):
     train_stopped(monkeypatch)
     rows = list(csv.DictReader(open("stopped/history.csv")))
     assert [float(row["val_accuracy"]) for row in rows] == pytest.approx([0.5, 0.52, 0.54, 0.56, 0.58])
@@ -116,31 +112,6 @@ def test_a_threshold_of_zero_stops_after_one_epoch(few_phantoms):
     run("--stop-at", "0", "--out", "stopped", "--epochs", "3")
     assert len(Path("stopped/history.csv").read_text().splitlines()) == 1 + 1
     assert models.state_of(models.load_run("stopped")[1]) == ", stopped at 0"
-
-
-def test_the_grid_has_one_row_per_teacher(few_phantoms, monkeypatch, capsys):
-    run("--out", "t")
-    train_stopped(monkeypatch)
-    runs = ["t"]
-    for seed in ("0", "1"):
-        for name, flags, role in (
-            ("smooth", ("--label-smoothing", "0.1"), "baseline"),
-            ("taught", ("--teacher", "t"), "student"),
-            ("defective", ("--teacher", "stopped"), "student"),
-        ):
-            runs.append(name + seed)
-            run("--out", runs[-1], "--seed", seed, *flags, role=role)
-    capsys.readouterr()
-    evaluate.main(["--grid", *runs])
-    text = capsys.readouterr().out.partition("train / val")
-    rows = [re.split(" {2,}", line) for line in (text[1] + text[2]).split("\n\n")[0].splitlines()]
-    assert rows[0] == ["train / val / test accuracy", "tiny"]
-    assert [row[0] for row in rows[1:]] == [
-        "no teacher", "no teacher, label smoothing 0.1", "tiny", "tiny, stopped at 0.57"
-    ]
-    tests = [json.loads(Path(f"taught{seed}/metrics.json").read_text())["test"] for seed in (0, 1)]
-    mean = 50 * sum(test["accuracy"] for test in tests)
-    assert rows[3][1].split(" / ")[2].startswith(f"{mean:.1f} ± ")
 
 
 # ---- fine-tuning or fixed features

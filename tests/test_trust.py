@@ -54,7 +54,7 @@ def refused(call, *args):
     return str(error.value)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole():
+def test_a_full_disk_keeps_the_last_checkpoint():
     models.save_checkpoint("best.pt", models.build("squeezenet1_1", 2, 32), epoch=1)
     good = Path("best.pt").read_bytes()
     try:
@@ -67,7 +67,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole():
 
 
 @pytest.mark.parametrize("write", [
-    lambda: data.cached_array(Path("cache/t.npy"), 1000, (np.zeros((500, 1000), "float32") for _ in range(2))),
+    lambda: data.cached_array(Path("cache/t.npy"), "float32", (1000, 1000), (np.zeros((500, 1000), "float32") for _ in range(2))),
     lambda: evaluate.write_json("all.json", list(range(100_000))),
     lambda: evaluate.write_csv("all.csv", ["n"], ([i] for i in range(100_000))),
 ], ids=["array", "json", "csv"])
@@ -178,7 +178,7 @@ def evaluate_it():
 
 
 OF_THE_NETWORK = {"arch", "num_classes", "aux", "transform_input", "input"}
-OF_THE_RUN = models.RUN_FACTS | {"size"}
+OF_THE_RUN = {*models.RUN_FACTS}
 
 
 def test_every_fact_that_is_read_is_taken_out_below(runs):
@@ -250,7 +250,7 @@ def test_a_mistake_in_resuming_keeps_its_traceback(runs, monkeypatch):
         data.cli(lambda: run("--out", "run"))
 
 
-def test_a_mistake_in_ones_own_network_keeps_its_traceback(monkeypatch):
+def test_a_mistake_in_a_network_of_ones_own(monkeypatch):
     class Own(torch.nn.Module):
         forward = mistake
 

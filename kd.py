@@ -56,9 +56,9 @@ def kd_loss(student_logits, teacher_logits, T):
     - The mean runs over images, not over images and classes ("batchmean" in F.kl_div). Its default,
       "mean", makes the loss C times smaller, and alpha then means something else.
     - The gradient is T (q - p) / B. Softening shrinks it by 1/T^2, and the factor T^2 undoes that.
-      As T grows, it tends to the difference of the centred logits divided by C B, as in a
-      regression of logits. It is large where the logits are far apart, so that a student far from
-      its teacher can diverge unless gradients are clipped.
+      As T grows, the gradient tends to the difference of the centred logits divided by C B, as in
+      a regression of logits. Where the logits are far apart, the gradient is so large that a
+      student can diverge unless gradients are clipped.
     - Both sides stay logarithms until the product. Equal logits give exactly 0, and a probability
       that underflows gives 0 * finite instead of NaN.
     - The trap: softmax of a single logit is always 1, so the loss would be 0 and train nothing. A
@@ -72,7 +72,7 @@ def kd_loss(student_logits, teacher_logits, T):
     return T**2 * kl.mean()
 
 def binary_kd_loss(student_logits, teacher_logits, T):
-    """Return the same for K findings that may occur together, each by itself; logits (B, K).
+    """Return the soft loss for K findings that may occur together; logits (B, K).
 
         p = sigmoid(teacher_logits / T)        q = sigmoid(student_logits / T)
         loss = T^2 * mean of  p (log p - log q) + (1 - p) (log (1 - p) - log (1 - q))

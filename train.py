@@ -5,9 +5,9 @@
     python train.py --role student --T 1       the same network, also on the teacher's logits
     python train.py --role student --T 10 --data data/chest_xray       real X-rays, recipe pneumonia
 
-A run is a folder, runs/RECIPE/NAME. It holds history.csv and best.pt: the best epoch by validation
-accuracy and, until the run has ended, what a repeated command resumes from. A recipe is a set of
-defaults, and any flag overrides it. Add --help to a command to see its defaults.
+A run is a folder, runs/RECIPE/NAME, with history.csv and best.pt. best.pt holds the weights of the
+best epoch (is_best). Until the run ends, it also holds the latest weights and the optimiser, from
+which a repeated command resumes. A recipe is a set of defaults. Add --help to see them.
 
 train() comes first. The functions that it calls follow in the order of the calls.
 """
@@ -38,9 +38,9 @@ SAVE_SECONDS = 20  # a run is saved no more often: AlexNet writes 0.7 GB each ti
 
 # ---- a run, from its images to its last epoch ----------------------------------------------------
 # What is random? `seed` decides the first weights. `seed` and the epoch's number decide the order
-# of the images, their augmentation and dropout. The rest is not random: validation patients,
-# --per-class, --labels-per-class and --wrong-labels follow from hashes of names, for every seed.
-# The phantoms are drawn with fixed seeds.
+# of the images, their augmentation and dropout (dropout also by process). The rest is not random:
+# validation patients, --per-class, --labels-per-class and --wrong-labels follow from hashes of
+# names, for every seed. The phantoms are drawn with fixed seeds.
 #
 # What does a kill cost? Every epoch is seeded anew, so a run can resume after any saved epoch. It
 # is saved at the end, and before that at most every 20 seconds. The epochs since the last save are
@@ -54,7 +54,7 @@ SAVE_SECONDS = 20  # a run is saved no more often: AlexNet writes 0.7 GB each ti
 def train(args):
     device, (rank, world) = torch.device(args.device), processes()
     turn = dist.new_group(backend="gloo", timeout=timedelta(hours=6)) if world > 1 else None
-    if rank:  # the other processes wait until process 0 has written its caches
+    if rank:  # the others wait here until process 0 reaches the same barrier, after step 3
         dist.barrier(turn)
 
     # 1. The images: row i of data.train.images, .labels and .ids is the same image.
@@ -70,7 +70,7 @@ def train(args):
     # 3. The teachers' logits, and what best.pt keeps beside the weights.
     teacher, teachers = load_teachers(args, data, device)
     facts = run_facts(args, data, model, teachers)
-    if world > 1 and not rank:  # here process 0 releases the others
+    if world > 1 and not rank:  # process 0 has filled the caches, so the others may start
         dist.barrier(turn)
 
     # 4. The epochs.
@@ -118,7 +118,7 @@ def make_network(args, data, device):
         raise UserError(f"--finetune {args.finetune} would freeze random weights; give --weights "
                         f"imagenet or a file that holds all, or --finetune all")
     if args.finetune != "all" and not model.facts["from_run"]:
-        for layer in trainable.modules():  # arXiv 2406.08837 begins with random layers in AlexNet
+        for layer in trainable.modules():  # as in arXiv 2406.08837, loaded layers are not used
             if isinstance(layer, torch.nn.Linear):
                 layer.reset_parameters()
     return model, trainable
@@ -144,7 +144,7 @@ def input_source(args, model, trainable, split, device, augment=False):
     return models.precompute(  # in float16, because VGG16 has 25,088 features per image
         models.from_images(split.images, device, body), len(split.ids), device, torch.float16,
         Path(args.cache, f"features-{args.arch}"), split.key, args.finetune,
-        model.facts["first_weights"])  # frozen weights always come from a file: its hash tells them
+        args.input, model.facts["first_weights"])  # frozen weights always come from a file
 
 # ---- the teachers --------------------------------------------------------------------------------
 def load_teachers(args, data, device):
@@ -197,12 +197,12 @@ def run_facts(args, data, model, teachers):
     that decides the result: flags, and hashes of what the paths among them stand for."""
     config = {
         **vars(args), **data.fingerprints, "first_weights": model.facts["first_weights"],
-        "epoch_length": args.steps_per_epoch or len(data.train.ids),  # or steps would be a gain
+        "epoch_length": args.steps_per_epoch or len(data.train.ids),  # more steps are no gain
         "processes": processes()[1],
         "taught_by": [t["arch"] + models.state_of(t) for t in teachers],
         "teacher_weights": [t["weights_hash"] for t in teachers],
         "teacher_configs": [fingerprint(compared(t["config"], SEEDS)) for t in teachers]}
-    # Names of images too: PATIENT may have been changed between teacher and student.
+    # Names of images are kept too, because somebody may change how data.PATIENT names patients.
     seen = {*data.train.groups, *data.train.ids, *model.facts["seen_groups"]}
     return {"config": config, "classes": data.classes, "multilabel": data.multilabel,
             "seen_groups": sorted(seen.union(*(t["seen_groups"] for t in teachers))),
@@ -222,7 +222,7 @@ def paired_batches(inputs, labels, teacher, batch_size, generator, steps=None, a
     rank, world = processes()
     batches = []
     while len(batches) < (steps or 1):
-        # On the device as a whole: copying the rows of every batch there would make a GPU wait.
+        # The whole order is moved to the device at once: a copy per batch would stall a GPU.
         one_pass = torch.randperm(len(labels), generator=generator).to(labels.device)
         one_pass = list(one_pass.split(batch_size))
         if len(one_pass) > 1 and len(one_pass[-1]) < 2 * world:  # BatchNorm needs two per process
@@ -455,7 +455,7 @@ def get_args(argv=None):
     add("--clip", type=float, default=0.0, help="largest gradient norm; 0 does not clip")
     add("--label-smoothing", type=float, default=0.0, help="share of a label given to all classes")
     add("--stop-at", type=float, metavar="ACCURACY",
-        help="for a defective teacher: end after the first epoch with a better validation")
+        help="for a defective teacher: end after the first epoch that validates better than this")
     add = p.add_argument_group("where and how it runs").add_argument
     add("--seed", type=int, default=0, help="of weights, order, dropout, --augment; not of data")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",

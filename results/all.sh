@@ -28,10 +28,11 @@ demo() {
 
 small() {  # ShuffleNetV2 x0.5, with random first weights, learns from InceptionV3
   r=runs/small steps="--size 96 --batch-size 64 --steps-per-epoch 74 --epochs 8 --lr-step 3 --lr-gamma 0.3"
-  for s in 0 1 2; do
+  teacher=runs/labels/inception-seed0
+  python train.py --role teacher $inception --seed 0 --out $teacher
+  for s in 0 1; do
     x="--data data/chest_xray --weights none --finetune all --arch shufflenet_v2_x0_5 $steps --seed $s"
-    few="$x --lr 0.02 --labels-per-class 10" all="$x --lr 0.05" teacher=runs/labels/inception-seed$s
-    python train.py --role teacher $inception --seed $s --out $teacher
+    few="$x --lr 0.02 --labels-per-class 10" all="$x --lr 0.05"
     python train.py --role baseline $few --out $r/baseline-20-labels-seed$s
     python train.py --role student $few --teacher $r/baseline-20-labels-seed$s --out $r/self-20-labels-seed$s
     python train.py --role student $few --teacher $teacher --out $r/student-20-labels-seed$s
@@ -39,7 +40,7 @@ small() {  # ShuffleNetV2 x0.5, with random first weights, learns from Inception
     python train.py --role student $all --teacher $teacher --out $r/student-all-labels-seed$s
     python train.py --role student $all --teacher $teacher --alpha 1 --out $r/student-alpha1-seed$s
   done
-  python evaluate.py $r runs/labels/inception-seed* --json results/small.json
+  python evaluate.py $r $teacher --json results/small.json
 }
 
 labels() {

@@ -252,7 +252,7 @@ def test_lengths_of_scripts_on_the_readme():
 
 def test_cells_of_the_results_stand_in_their_files():
     """Every cell of a table that follows a link to a file of results stands in that file's tables."""
-    files = "demo|findings|xrays|two-cores|labels|ten|draws|course|three-classes"
+    files = "demo|findings|xrays|two-cores|labels|ten|draws|course|three-classes|small"
     _, *parts = re.split(rf"\]\(({files})\.json\)", RESULTS)
     assert set(parts[::2]) == set(files.split("|"))
     for name, text in zip(parts[::2], parts[1::2], strict=True):

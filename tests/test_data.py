@@ -1201,3 +1201,12 @@ def test_nothing_is_printed_before_the_first_item_is_done(monkeypatch, capsys):
 def test_a_file_name_in_another_script_is_a_name_like_others(kermany):
     path = image_file(kermany / "test/NORMAL/x.jpeg").rename(kermany / "test/NORMAL/IM-0500 患者é\u202f1.jpeg")
     assert f"test/NORMAL/{path.name}" in data.load(kermany, 16, ("test",)).test.ids
+
+
+def test_validation_patients_have_the_smallest_hashes(kermany):
+    """So a split depends on names alone, and new images move few patients."""
+    split = data.load(kermany, 8, val_fraction=0.25)
+    for k in (0, 1):
+        val, train = ([data.hash_fraction(group) for group, label in zip(part.groups, part.labels, strict=True)
+                       if label == k] for part in (split.val, split.train))
+        assert max(val) < min(train)

@@ -688,11 +688,20 @@ def test_an_old_checkpoint_is_refused_with_what_to_do(few_phantoms):
     assert Path("run/best.pt").read_bytes() == before
 
 
+def test_a_resumed_run_keeps_its_earlier_best_epoch(few_phantoms, always_saved, monkeypatch):
+    validates([(0.9, 0.9, 0.1), (0.5, 0.5, 0.7), (0.5, 0.5, 0.7)], monkeypatch)
+    flags = ("--epochs", "3", "--out", "run")
+    dies_in_epoch(3, monkeypatch, *flags)
+    first = weights_of("run")
+    run(*flags)
+    assert facts_of("run")["epoch"] == 1 and alike("run", first)
+
+
 def test_a_better_epoch_removes_the_figures_of_an_earlier_one(
     few_phantoms, always_saved, monkeypatch
 ):
     validates([(0.5, 0.5, 0.7), (0.9, 0.9, 0.1), (0.5, 0.5, 0.7)], monkeypatch)
-    judged = [Path("run/metrics.json"), Path("run/predictions.csv")]
+    judged = [Path("run", name) for name in ("metrics.json", "predictions.csv", "metrics-other.json")]
     flags = ("--epochs", "3", "--out", "run")
     dies_in_epoch(2, monkeypatch, *flags)
     [path.write_text("of the first epoch") for path in judged]

@@ -46,9 +46,8 @@ class UserError(ValueError):
 def load(source, size, splits=("train", "val"), per_class=None, labels_per_class=None, classes=None,
          val_fraction=0.1, wrong_labels=0.0, unlabelled=True, cache="cache"):
     """Return the splits, each with .images (N, 1, size, size) uint8, .labels, .ids, and .groups for
-    patients. Row i is image i in all of them. Only evaluate.py and plots.py load "test". labels:
-    (N,) class indices, -1 if unknown; or, if an image may have several findings (data.multilabel),
-    (N, K) floats 0, 1 or NaN. unlabelled: whether to keep training images without a label."""
+    patients. Row i is image i in all of them. labels: (N,) class indices, -1 if unknown; or (N, K)
+    floats 0, 1 or NaN for findings. unlabelled: whether to keep training images without a label."""
     records, names = list_images(str(source), classes)
     data = SimpleNamespace(classes=names, source=str(source), fingerprints={},
                            multilabel=any(isinstance(r["label"], list) for r in records))
@@ -87,16 +86,14 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
     return data
 
 def load_as(config, size, splits, cache, source=None):
-    """Return load() with the flags of a run's config, so that training and judging see the same
-    images. Unlabelled images are left out where nothing would be learned from them."""
+    """Return load() with the flags of a run's config: the same images for training and judging."""
     names = ("per_class", "labels_per_class", "classes", "val_fraction", "wrong_labels")
     return load(source or config["data"], size, splits, **{name: config[name] for name in names},
                 unlabelled=config["role"] == "student" and config["alpha"] > 0, cache=cache)
 
 def load_split(data, records, split, size, cache):
-    """Return one split as tensors: rows of the cached array that holds all images of its folder.
-    Names and lengths of files do not identify images, so the pixels are hashed too (250 MB take
-    0.2 seconds), for the run's config and as .key for files of features and logits."""
+    """Return one split as tensors: rows of the cached array of its folder. Its pixels are hashed
+    (250 MB take 0.2 seconds), because names and lengths of files do not identify images."""
     chosen = [r for r in records if r["split"] == split]
     folder = [r for r in records if r["folder"] == chosen[0]["folder"]]
     drawn = data.source in PHANTOM_SOURCES
@@ -225,8 +222,7 @@ def read_patients(path, records):
     with explain(f"{path} needs the columns file, patient and one row per image"):
         rows = [(row["file"], row["patient"].strip()) for row in read_csv(path)]
         counts, patients = Counter(file for file, patient in rows if patient), dict(rows)
-        wrong = [r["id"] for r in records if counts[r["id"]] != 1]
-        if wrong:
+        if wrong := [r["id"] for r in records if counts[r["id"]] != 1]:
             raise ValueError(f"{len(wrong)} have no patient or several rows, such as {wrong[0]}")
     for r in records:
         r["group"] = patients[r["id"]]
@@ -338,8 +334,8 @@ def cached_array(path, dtype, shape, blocks):
         return torch.from_numpy(rows)
 
 def prepare(images, device, affines=None):
-    """Turn uint8 images (B, 1, H, W) into what networks read: (B, 3, H, W) normalised floats.
-    affines: (B, 2, 3) matrices in relative coordinates, so that they serve every image size."""
+    """Turn uint8 images (B, 1, H, W) into normalised floats (B, 3, H, W). `affines` (B, 2, 3) move
+    them in relative coordinates, so that they serve every image size."""
     x = images.to(device, non_blocking=True).float()  # (B, 1, H, W), 0 to 255
     if affines is not None:
         # In double precision, because autocast would compute the coordinates with 8 bits.
@@ -353,13 +349,6 @@ def prepare(images, device, affines=None):
 def normalisation(device, mean, std):
     """Return shift and scale with (x / 255 - mean) / std = shift + x * scale, copied once."""
     return (-mean / std).to(device), (1 / (255 * std)).to(device)
-
-def random_affines(n, generator):
-    """Return (n, 2, 3), a small rotation, zoom and shift per image. A flip would move the heart."""
-    angle, zoom, across, down = torch.rand(4, n, generator=generator) * 2 - 1
-    angle, zoom = 0.12 * angle, 1 + 0.08 * zoom  # 7 degrees, 8 percent
-    cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    return torch.stack([cos, -sin, 0.06 * across, sin, cos, 0.06 * down], dim=1).view(n, 2, 3)
 
 # ---- two public sets with several findings per image, by their CSVs ------------------------------
 CHESTXRAY14 = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule",
@@ -426,10 +415,9 @@ PHANTOM_SOURCES = {"phantoms": ["NORMAL", "PNEUMONIA"],
 PHANTOMS = {"train": (640, 11), "val": (160, 12), "test": (600, 16)}  # images, seed
 
 def phantoms(n, size, seed):
-    """Draw n chest X-rays: images (n, 1, size, size) uint8, labels (n,), masks (n, size, size).
-    Half of them show pneumonia: one to three hazy opacities, where the mask is True."""
+    """Return n drawn X-rays: images (n, 1, size, size), labels (n,), masks (n, size, size)."""
     labels = torch.arange(n) % 2
-    images, masks, _ = draw(n, size, seed, labels[:, None].float())
+    images, masks, _ = draw(n, size, seed, labels[:, None].float())  # half show pneumonia
     return images, labels, masks
 
 def list_phantoms(source):
@@ -563,15 +551,10 @@ def progress(items, text, total=None):
         now = time.perf_counter()
         if done and now - shown > every:
             shown = now
-            minutes, seconds = divmod(round((now - start) / done * (total - done)), 60)
-            line = f"{begin}{text}  {done}/{total}  {minutes}:{seconds:02} left"
-            print(line, end=end, flush=True)
+            minutes, rest = divmod(round((now - start) / done * (total - done)), 60)
+            print(f"{begin}{text}  {done}/{total}  {minutes}:{rest:02} left", end=end, flush=True)
         yield item
     print(begin, end="", flush=True)
-
-def mean(value):
-    """Return the mean over findings, without those that are NaN; a single figure as it is."""
-    return float(torch.as_tensor(value, dtype=torch.float64).nanmean())
 
 def read_csv(path):
     with open(path, newline="", encoding="utf-8-sig") as file:

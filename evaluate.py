@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from data import (Help, UserError, atomic, cli, decode, explain, files_below, find_patient, load_as,
                   progress)
-from models import (cost, forward, from_images, load_run, refuse_foreign, run_file, state_of)
+from models import cost, forward, from_images, load_run, refuse_foreign, run_file, state_of
 
 # What comparisons of configs leave out: paths, whose contents have hashes in the config; seeds and
 # what follows from them; and, for a gain, everything that distillation consists of.
@@ -108,6 +108,10 @@ def metrics(logits, labels, classes, threshold=0.0):
     figures = measure(logits, labels, torch.ones(1, len(labels)), threshold)
     figures["confusion"] = figures["confusion"].long()
     return {name: value[0].tolist() for name, value in figures.items()}
+
+def mean(value):
+    """Return the mean over findings, without those that are NaN; a single figure as it is."""
+    return float(torch.as_tensor(value, dtype=torch.float64).nanmean())
 
 def choose_threshold(logits, labels, rate, share):
     """Return the log-odds above which images are called positive, so that the rate (sensitivity or
@@ -342,7 +346,7 @@ def write_csv(path, header, rows):
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 def write_json(path, content):
-    content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # JSON has no NaN
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # NaN to null
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 

@@ -27,9 +27,8 @@ import torch
 import torch.distributed as dist
 
 import models
-from data import (Help, UserError, cli, existing_folder, explain, fingerprint, load_as, mean,
-                  progress, random_affines)
-from evaluate import (SEEDS, compared, differences, metrics, origin, predict, usable_device,
+from data import Help, UserError, cli, existing_folder, explain, fingerprint, load_as, progress
+from evaluate import (SEEDS, compared, differences, mean, metrics, origin, predict, usable_device,
                       write_csv)
 from kd import check_settings, distillation_loss, mean_teacher
 from models import forward
@@ -235,6 +234,13 @@ def paired_batches(inputs, labels, teacher, batch_size, generator, steps=None, a
         if augment:
             affines = random_affines(len(batch), generator)[share].to(labels.device)
         yield inputs(rows, affines), labels[rows], teacher and teacher(rows, affines)
+
+def random_affines(n, generator):
+    """Return (n, 2, 3), a small rotation, zoom and shift per image. A flip would move the heart."""
+    angle, zoom, across, down = torch.rand(4, n, generator=generator) * 2 - 1
+    angle, zoom = 0.12 * angle, 1 + 0.08 * zoom  # 7 degrees, 8 percent
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    return torch.stack([cos, -sin, 0.06 * across, sin, cos, 0.06 * down], dim=1).view(n, 2, 3)
 
 def train_one_epoch(model, batches, optimizer, T=1.0, alpha=0.9, label_smoothing=0.0,
                     aux_weight=0.0, clip=0.0, amp=False, title="", n_steps=None):

@@ -2,7 +2,7 @@
 
 Links the images of FOLDER to data/draw-DRAW: in their classes the validation images, and a few
 others of each class, drawn with the seed DRAW; all the rest in train/UNLABELLED. With
-`--labels-per-class 10` and the printed `--val-fraction`, ten images a class have a label, and the
+`--labels-per-class 10` and the printed `--val-fraction`, ten images per class have a label, and the
 validation images are those of FOLDER. Draw 0 keeps the ten that this flag keeps in FOLDER.
 """
 

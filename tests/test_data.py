@@ -25,6 +25,8 @@ from conftest import image_file
 from PIL import Image
 
 import data
+import evaluate
+import train
 
 
 def split_of(source, split="train", **options):
@@ -635,7 +637,7 @@ def test_prepare_normalises_by_imagenets_mean_and_deviation_and_is_channels_last
 
 
 def test_augmentation_moves_an_image_the_same_way_at_two_sizes_and_never_flips_it():
-    affines = data.random_affines(8, torch.Generator().manual_seed(1))
+    affines = train.random_affines(8, torch.Generator().manual_seed(1))
     assert (torch.linalg.det(affines[:, :, :2]) > 0.8).all()  # a flip has a negative determinant
     large, small = (data.prepare(data.phantoms(8, s, 3)[0], torch.device("cpu"), affines) for s in (96, 48))
     still = data.prepare(data.phantoms(8, 48, 3)[0], torch.device("cpu"))
@@ -644,7 +646,7 @@ def test_augmentation_moves_an_image_the_same_way_at_two_sizes_and_never_flips_i
 
 
 def test_augmentation_rotates_zooms_and_shifts_as_far_as_stated():
-    affines = data.random_affines(10000, torch.Generator().manual_seed(1))  # rows a -b x, b a y
+    affines = train.random_affines(10000, torch.Generator().manual_seed(1))  # rows a -b x, b a y
     (a, b), (x, y) = affines[:, :, 0].T, affines[:, :, 2].T
     drawn = torch.stack([torch.atan2(b, a), torch.hypot(a, b) - 1, x, y])
     for values, most in zip(drawn, (0.12, 0.08, 0.06, 0.06), strict=True):  # 7 degrees, 8 %, 3 % of a side
@@ -1003,7 +1005,7 @@ def test_a_name_has_the_same_hash_on_every_machine_and_with_all_its_bits():
 
 
 def test_a_mean_leaves_out_what_could_not_be_judged():
-    assert data.mean([1, math.nan]) == 1 and data.mean(0.25) == 0.25 and math.isnan(data.mean([math.nan]))
+    assert evaluate.mean([1, math.nan]) == 1 and evaluate.mean(0.25) == 0.25 and math.isnan(evaluate.mean([math.nan]))
 
 
 def test_an_interrupted_write_leaves_the_old_file_whole(tmp_path):
@@ -1210,3 +1212,13 @@ def test_validation_patients_have_the_smallest_hashes(kermany):
         val, train = ([data.hash_fraction(group) for group, label in zip(part.groups, part.labels, strict=True)
                        if label == k] for part in (split.val, split.train))
         assert max(val) < min(train)
+
+
+def test_identity_affines_leave_images_where_they_are():
+    images, cpu = torch.randint(0, 256, (2, 1, 9, 9), dtype=torch.uint8), torch.device("cpu")
+    identity = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand(2, 2, 3)
+    assert torch.allclose(data.prepare(images, cpu, identity), data.prepare(images, cpu), atol=1e-4)
+
+
+def test_names_of_test_images_are_among_those_that_no_teacher_may_have_seen(kermany):
+    assert {*data.load(kermany, 8, ("test",)).test.ids} <= data.load(kermany, 8).test_groups

@@ -233,6 +233,14 @@ def test_costs_are_those_of_their_files():
     assert f"{at_every_step / precomputed:.1f} times as long" in one_line(README)
 
 
+def test_speeds_of_the_small_student_and_its_teacher():
+    for name, arch in (("student", "shufflenet_v2_x0_5"), ("teacher", "inception_v3")):
+        inference = results(f"cost-small-{name}")["tables"]["inference"][arch]
+        speed, ms = f"{inference['images/s']:.0f}", f"{inference['median ms']:.0f} ms"
+        assert speed in one_line(README) and f"{speed} images per second" in one_line(RESULTS)
+        assert ms in one_line(RESULTS)
+
+
 def test_names_and_links_on_the_pages_exist():
     scripts = {"kd": kd, "data": data, "models": models, "evaluate": evaluate, "train": train,
                "profile_gpu": profile_gpu}

@@ -3,6 +3,7 @@
     python figures/plots.py table results/demo.json figures/demo.svg       a file of evaluate --json
     python figures/plots.py curves figures/demo-curves.svg runs/demo/*     folders of train.py
     python figures/plots.py labels results/labels.json figures/labels.svg  a file of evaluate --json
+    python figures/plots.py costs results/small.json figures/small.svg     a file of evaluate --json
     python figures/plots.py cams cams.png RUN [RUN ...]           Grad-CAM of a few test images
     python figures/plots.py mistakes mistakes.png RUN [RUN ...]   Grad-CAM of the worst mistakes
     python figures/plots.py roc roc.svg RUN [RUN ...]             what evaluate.py wrote there
@@ -47,7 +48,7 @@ def table(content):
 def in_words(name):
     """Turn the name of a run folder, such as student-T4-all-labels, into words if it has a role."""
     role, *parts = re.split(r"-(?=T\d|alpha|seed|\d|all-)", name)
-    role = "self-distilled student" if role in ("self-distilled", "student-of-itself") else role
+    role = "self-distilled student" if role in ("self", "self-distilled") else role
     parts = [re.sub(r"(?<=[Tad])(?=\d)", " ", p.replace("-", " ")) for p in parts if p != "T1"]
     return ", ".join([role, *parts]) if re.search("(teacher|baseline|student)$", role) else name
 
@@ -92,6 +93,28 @@ def labels(content):
         bars = [T_975[min(len(v), 999)] * v.std() / max(len(v) - 1, 1) ** 0.5 for v in values]
         ax.errorbar(places, [v.mean() for v in values], bars, label=who, fmt="os^Dv"[k % 5] + "-")
     fig.legend(loc="outside upper center", ncols=2)
+    return fig
+
+def costs(content):
+    """Test AUC of every row by the multiply-adds of its network, with 95 % intervals."""
+    from models import build, cost
+    kinds, places = {}, {}  # kinds: {what was trained: [(multiply-adds, AUC, low, high), ...]}
+    for row in content["rows"]:
+        config = content["runs"][row["runs"][0]]["config"]
+        arch, size = config["arch"], config["size"]
+        places[arch] = places.get(arch, -1) + 1  # rows of one network stand side by side
+        x = cost(build(arch, 1000, size), size)["multiply_adds"] / 1e6 * 1.04 ** places[arch]
+        kind = in_words(row["title"].replace(f"-{arch}", ""))
+        kind = "teacher" if config["role"] == "teacher" else kind
+        auc = [100 * row["figures"]["auc"][k] for k in ("mean", "low", "high")]
+        kinds.setdefault(kind, []).append([x, *auc])
+    ax = (fig := Figure((8.75, 4.8))).subplots()
+    ax.set(xscale="log", xlabel="multiply-adds per image, millions",
+           title="test AUC, %, and 95 % interval")
+    for k, (kind, points) in enumerate(kinds.items()):
+        x, y, low, high = np.array(points).T
+        ax.errorbar(x, y, [y - low, high - y], label=kind, fmt="os^Dv*PX"[k % 8])
+    fig.legend(loc="outside upper center", ncols=3)
     return fig
 
 def cams(folders, only_mistakes=False):
@@ -209,8 +232,9 @@ if __name__ == "__main__":
                 fig = {"curves": curves, "roc": roc}[kind](folders)
             case ["cams" | "mistakes" as kind, out, *folders] if folders:
                 fig = cams(folders, only_mistakes=kind == "mistakes")
-            case ["table" | "labels" as kind, source, out]:
-                fig = {"table": table, "labels": labels}[kind](json.loads(Path(source).read_text()))
+            case ["table" | "labels" | "costs" as kind, source, out]:
+                draw = {"table": table, "labels": labels, "costs": costs}[kind]
+                fig = draw(json.loads(Path(source).read_text()))
             case _:
                 sys.exit(__doc__)
         if fig:

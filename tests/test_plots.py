@@ -105,11 +105,35 @@ def test_a_picture_holds_its_text_as_text_and_no_date(monkeypatch):
 @pytest.mark.parametrize("name, words", [
     ("teacher", "teacher"), ("student-T1", "student"), ("student-T4-alpha0.5-seed3", "student, T 4, alpha 0.5, seed 3"),
     ("baseline-all-labels", "baseline, all labels"), ("student-T1-20-images", "student, 20 images"),
-    ("self-distilled", "self-distilled student"), ("student-of-itself", "self-distilled student"),
+    ("self-distilled", "self-distilled student"), ("self-20-labels", "self-distilled student, 20 labels"),
     ("moved-alone-10", "moved-alone-10"), ("teacher-resnet18", "teacher-resnet18")])
 def test_names_of_run_folders_in_words(name, words):
     assert plots.in_words(name) == words
     assert words in plots.table({"rows": [row(name, 0.9, 0.8, 1.0)], "gains": []}).axes[0].get_yticklabels()[0].get_text()
+
+
+# ---- AUC by multiply-adds
+
+
+def test_costs_have_a_point_per_row_at_its_multiply_adds(monkeypatch):
+    """Rows of one network stand side by side, and its name in their folders does not make another kind of row."""
+    monkeypatch.setattr(models, "bare_network", lambda arch, aux: torch.nn.Sequential(
+        torch.nn.Conv2d(3, {"small": 2, "large": 200}[arch], 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+        torch.nn.Linear({"small": 2, "large": 200}[arch], 1000)))
+    rows, runs = [], {}
+    for title, arch, *auc in (("baseline", "small", 0.8, 0.7, 0.85), ("student-T4", "small", 0.9, 0.85, 0.95),
+                              ("large-seed", "large", 0.95, 0.9, 1.0), ("baseline-large", "large", 0.7, 0.6, 0.8)):
+        rows.append(row(title, *auc))
+        runs[title] = {"config": {"arch": arch, "size": 10, "role": "teacher" if title == "large-seed" else title[:8]}}
+    ax = plots.costs({"rows": rows, "runs": runs}).axes[0]
+    small, large = (100 * 3 * n / 1e6 + n * 1000 / 1e6 for n in (2, 200))  # 10 x 10 pixels, then the head
+    handles, kinds = ax.get_legend_handles_labels()
+    assert kinds == ["baseline", "student, T 4", "teacher"] and ax.get_xscale() == "log"
+    points = [handle.lines[0].get_xydata().tolist() for handle in handles]
+    assert points[0] == [pytest.approx([small, 80]), pytest.approx([large * 1.04, 70])]
+    assert points[1] == [pytest.approx([small * 1.04, 90])] and points[2] == [pytest.approx([large, 95])]
+    bars = handles[0].lines[2][0].get_segments()
+    assert [bar[:, 1].tolist() for bar in bars] == [pytest.approx([70, 85]), pytest.approx([60, 80])]
 
 
 # ---- the curves

@@ -66,7 +66,7 @@ def test_scripts_import_without_unix_modules():
 def test_there_are_six_scripts_of_limited_length():
     assert sorted(ROOT.glob("*.py")) == sorted(SCRIPTS)
     lines = {path.name: len(lines_of(path)) for path in SCRIPTS}
-    assert len(lines_of(ROOT / "figures/plots.py")) <= 220
+    assert len(lines_of(ROOT / "figures/plots.py")) <= 245
     assert sum(lines.values()) <= 2300 and lines["train.py"] <= 565 and max(lines.values()) <= 660, lines
 
 

@@ -881,6 +881,15 @@ def test_other_thresholds_are_refused(text, capsys):
     assert "argument --threshold" in capsys.readouterr().err
 
 
+def test_runs_with_other_images_per_class_keep_their_own(kermany):
+    """--per-class also decides which images are validated, so such runs share no data set when they are judged."""
+    flags = {"val_fraction": 0.3, "wrong_labels": 0.0, "labels_per_class": None}
+    runs = [save_run("all", kermany, **flags), save_run("four", kermany, per_class=4, **flags)]
+    evaluate.main(runs)
+    counts = [sum(row["split"] == "validation" for row in data.read_csv(f"{run}/predictions.csv")) for run in runs]
+    assert counts[1] < counts[0]
+
+
 @pytest.mark.parametrize("name", ["kermany", "nih"])
 def test_new_images_are_scored_like_test_images(name, request):
     """--predict gives the probabilities of predictions.csv, for one run, and for several with their mean."""

@@ -5,12 +5,13 @@ import re
 
 import pytest
 import torch
-from conftest import NIH_HEADER, fit, image_file
+from conftest import NIH_HEADER, TINY, fit, image_file
 
 import data
 import evaluate
 import kd
 import models
+import train
 
 def by_id(split):
     return {id: labels for id, labels in zip(split.ids, split.labels.tolist(), strict=True)}
@@ -192,3 +193,18 @@ def test_a_teacher_teaches_an_unlabelled_finding(chexpert, monkeypatch):
 def test_batchnorm_has_the_momentum_of_torch(arch):
     layers = [m for m in models.build(arch, 2, 64).modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert {m.momentum for m in layers} == {0.1}
+
+
+def test_two_teachers_of_findings_are_averaged_by_sigmoid():
+    """Each finding has the mean of the teachers' probabilities at temperature T."""
+    for seed in ("0", "1"):
+        fit("--data", "findings", "--out", f"t{seed}", "--seed", seed, "--epochs", "1", small=TINY)
+    args = train.get_args(["--role", "student", *TINY, "--data", "findings", "--T", "3", "--out", "student",
+                           "--teacher", "t0", "t1"])
+    loaded = data.load_as(vars(args), 32, ("train", "val"), "cache")
+    source, _ = train.load_teachers(args, loaded, torch.device("cpu"))
+    rows = torch.arange(5)
+    x = data.prepare(loaded.train.images[rows], torch.device("cpu"))
+    p = [(models.forward(models.load_run(t)[0], x)[0] / 3).sigmoid() for t in ("t0", "t1")]
+    assert not torch.allclose(p[0], p[1], atol=1e-3)
+    assert torch.allclose((source(rows) / 3).sigmoid(), (p[0] + p[1]) / 2, atol=1e-4)

@@ -157,6 +157,12 @@ def test_the_bare_loop_takes_the_steps_of_training(monkeypatch, timed):
         assert done == ["zero_grad", "backward", "step"] * 3, name
 
 
+def test_seconds_are_those_of_one_step(timed):
+    """A round of three steps takes one second here."""
+    steps = profile_gpu.distillation(PAIR, ARGS, CPU)
+    assert [step["seconds"] for step in steps.values()] == pytest.approx([1 / 3] * 4)
+
+
 @pytest.mark.parametrize("arch, weight", [("googlenet", 0.3), ("squeezenet1_1", 0.0)])
 def test_a_timed_epoch_has_the_weight_of_auxiliary_heads(monkeypatch, arch, weight):
     signature, calls = inspect.signature(train.train_one_epoch), []

@@ -53,12 +53,12 @@ def kd_loss(student_logits, teacher_logits, T):
 
         loss = T^2 * mean over the batch of  sum_c p_c (log p_c - log q_c)
 
-    - The mean runs over images, not over images and classes ("batchmean" in F.kl_div). Its default,
-      "mean", makes the loss C times smaller, and alpha then means something else.
+    - The mean runs over images, not over images and classes ("batchmean" in F.kl_div). "mean", the
+      default of F.kl_div, makes the loss C times smaller, and alpha then means something else.
     - The gradient is T (q - p) / B. Softening shrinks it by 1/T^2, and the factor T^2 undoes that.
       As T grows, the gradient tends to the difference of the centred logits divided by C B, as in
-      a regression of logits. Where the logits are far apart, the gradient is so large that a
-      student can diverge unless gradients are clipped.
+      a regression of logits. If student and teacher differ much, it is so large that a student
+      can diverge unless gradients are clipped.
     - Both sides stay logarithms until the product. Equal logits give exactly 0, and a probability
       that underflows gives 0 * finite instead of NaN.
     - The trap: softmax of a single logit is always 1, so the loss would be 0 and train nothing. A
@@ -89,8 +89,8 @@ def binary_kd_loss(student_logits, teacher_logits, T):
     return T**2 * kl.mean()
 
 def mean_teacher(logits, T, multilabel=False):
-    """Combine several teachers, logits a list of (B, C), by the mean of their softened p. Return
-    T log p (T logit p for findings), which a loss with the same T softens to that mean again."""
+    """Combine several teachers, logits a list of (B, C), into p, the mean of their softened p. The
+    result T log p (findings: T logit p) has the property that softening it by T gives p again."""
     if len(logits) == 1:
         return logits[0]
     z = torch.stack([at_least_float32(one) for one in logits]) / T  # (teachers, B, C)

@@ -33,7 +33,7 @@ from evaluate import (SEEDS, compared, differences, mean, metrics, origin, predi
 from kd import check_settings, distillation_loss, mean_teacher
 from models import forward
 
-SAVE_SECONDS = 20  # a run is saved no more often: AlexNet writes 0.7 GB each time
+SAVE_SECONDS = 20  # the least time between two saves, because AlexNet writes 0.7 GB each time
 
 # ---- a run, from its images to its last epoch ----------------------------------------------------
 # What is random? `seed` decides the first weights. `seed` and the epoch's number decide the order
@@ -41,8 +41,8 @@ SAVE_SECONDS = 20  # a run is saved no more often: AlexNet writes 0.7 GB each ti
 # validation patients, --per-class, --labels-per-class and --wrong-labels follow from hashes of
 # names, for every seed. The phantoms are drawn with fixed seeds.
 #
-# What does a kill cost? Every epoch is seeded anew, so a run can resume after any saved epoch. It
-# is saved at the end, and before that at most every 20 seconds. The epochs since the last save are
+# What does a kill cost? Every epoch is seeded anew, so a run can resume after any saved epoch. The
+# last epoch is saved, and each that ends 20 seconds or more after a save. The epochs since then are
 # lost. The repeated command computes them again, with the same bits on a CPU.
 #
 # Several processes (torchrun) all hold the same images and weights, and draw the same order and
@@ -117,7 +117,7 @@ def make_network(args, data, device):
         raise UserError(f"--finetune {args.finetune} would freeze random weights; give --weights "
                         f"imagenet or a file that holds all, or --finetune all")
     if args.finetune != "all" and not model.facts["from_run"]:
-        for layer in trainable.modules():  # as in arXiv 2406.08837, loaded layers are not used
+        for layer in trainable.modules():  # as in arXiv 2406.08837, these start from random weights
             if isinstance(layer, torch.nn.Linear):
                 layer.reset_parameters()
     return model, trainable
@@ -133,8 +133,8 @@ def input_source(args, model, trainable, split, device, augment=False):
     """Return a source of what the trainable part reads: a function from rows to a tensor.
 
     If the whole model is trained, these are images. Otherwise they are features, the outputs of the
-    frozen part. They are the same in every epoch, so they are computed once (an epoch of the recipe
-    pneumonia's student then takes a ninth of the time), unless images are augmented."""
+    frozen part. Without --augment they are the same in every epoch, so they are computed once. An
+    epoch of the recipe pneumonia's student then takes a ninth of the time."""
     if trainable is model:
         return models.from_images(split.images, device)
     body = partial(models.features, model, trainable)
@@ -143,7 +143,7 @@ def input_source(args, model, trainable, split, device, augment=False):
     return models.precompute(  # in float16, because VGG16 has 25,088 features per image
         models.from_images(split.images, device, body), len(split.ids), device, torch.float16,
         Path(args.cache, f"features-{args.arch}"), split.key, args.finetune,
-        args.input, model.facts["first_weights"])  # frozen weights always come from a file
+        args.input, model.facts["first_weights"])  # a hash of the file with the frozen weights
 
 # ---- the teachers --------------------------------------------------------------------------------
 def load_teachers(args, data, device):
@@ -196,12 +196,12 @@ def run_facts(args, data, model, teachers):
     that decides the result: flags, and hashes of what the paths among them stand for."""
     config = {
         **vars(args), **data.fingerprints, "first_weights": model.facts["first_weights"],
-        "epoch_length": args.steps_per_epoch or len(data.train.ids),  # more steps are no gain
+        "epoch_length": args.steps_per_epoch or len(data.train.ids),  # a gain needs equal steps
         "processes": processes()[1],
         "taught_by": [t["arch"] + models.state_of(t) for t in teachers],
         "teacher_weights": [t["weights_hash"] for t in teachers],
         "teacher_configs": [fingerprint(compared(t["config"], SEEDS)) for t in teachers]}
-    # Names of images are kept too, because somebody may change how data.PATIENT names patients.
+    # Names of images are kept too, because a change of PATIENT in data.py would rename patients.
     seen = {*data.train.groups, *data.train.ids, *model.facts["seen_groups"]}
     return {"config": config, "classes": data.classes, "multilabel": data.multilabel,
             "seen_groups": sorted(seen.union(*(t["seen_groups"] for t in teachers))),
@@ -250,10 +250,10 @@ def train_one_epoch(model, batches, optimizer, T=1.0, alpha=0.9, label_smoothing
     teacher's logits for the same images, or None. With None this is ordinary training: everything
     that distillation adds to this loop is in kd.distillation_loss.
     title: with it, a progress line shows how many of about n_steps batches are done."""
-    model.train()  # the teacher is not in here: models.load_run put it in eval mode
+    model.train()  # the trainable part. models.freeze put the frozen part in eval mode
     sums = torch.zeros(6, device=next(model.parameters()).device)
     for x, y, teacher_logits in progress(batches, title, n_steps) if title else batches:
-        # (B, 3, H, W) images or (B, ...) features; (B,) or (B, K) labels; (B, C) or (B, K) logits
+        # x: images (B, 3, H, W) or features (B, ...). y: (B,) or (B, K). Logits: (B, C) or (B, K)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             logits, aux = forward(model, x)  # (B, C); auxiliary heads, mostly none
         loss, hard, soft = distillation_loss(logits, teacher_logits, y, T, alpha, label_smoothing)
@@ -278,7 +278,7 @@ def train_one_epoch(model, batches, optimizer, T=1.0, alpha=0.9, label_smoothing
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss} in {title} at learning rate "
                         f"{optimizer.param_groups[0]['lr']:.2g}. Lower --lr, or set --clip 1")
-    # If fewer than half of the images have a label, their accuracy would jump from 0 to 100 %.
+    # With few labels this would jump between 0 and 100 %, so below one half it is left out (NaN).
     accuracy = right / labelled if labelled >= 0.5 else math.nan
     return {"loss": loss, "hard": hard, "soft": soft, "train_accuracy": accuracy}
 
@@ -287,7 +287,7 @@ def validate(trainable, inputs, data, device):
     """Return all validation metrics, and those that are columns of the history."""
     labels = data.val.labels
     logits = predict(trainable, inputs, len(labels), device)
-    if dist.is_initialized():  # BatchNorm's averages differ: all must agree on when to stop
+    if dist.is_initialized():  # BatchNorm's averages differ, but all must stop together
         logits = logits.to(device)
         dist.broadcast(logits, 0)
         logits = logits.cpu()
@@ -427,7 +427,7 @@ def get_args(argv=None):
                                 formatter_class=Help, allow_abbrev=False)
     add = p.add_argument_group("network").add_argument
     add("--role", required=True, choices=RECIPES["demo"], help="what to train")
-    add("--recipe", choices=RECIPES, help="defaults: demo, findings, or pneumonia for a folder")
+    add("--recipe", choices=RECIPES, help="without, the one that suits --data")
     add("--arch", default="alexnet", help="a classifier of torchvision, or of models.NETWORKS")
     add("--weights", default="none", help="first weights: none (random), imagenet, or a FILE")
     add("--finetune", default="all", choices=["all", "fc", "head"],
@@ -461,7 +461,7 @@ def get_args(argv=None):
     add("--clip", type=float, default=0.0, help="largest gradient norm; 0 does not clip")
     add("--label-smoothing", type=float, default=0.0, help="share of a label given to all classes")
     add("--stop-at", type=float, metavar="ACCURACY",
-        help="for a defective teacher: end after the first epoch that validates better than this")
+        help="make a weak teacher: end once validation accuracy is above this, 0 to 1")
     add = p.add_argument_group("where and how it runs").add_argument
     add("--seed", type=int, default=0, help="of weights, order, dropout, --augment; not of data")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",

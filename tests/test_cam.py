@@ -102,7 +102,8 @@ def test_the_layer_is_the_last_before_the_pooling():
         assert models.last_maps(model, torch.zeros(1, 3, 64, 64))[0] is model.get_submodule(name)
 
 
-def test_a_vision_transformer_works_on_tokens_and_is_refused_in_one_line():
+def test_a_vision_transformer_is_refused():
+    """It works on tokens, which have no map."""
     model, x = models.build("vit_b_32", 2, 224).eval(), torch.zeros(1, 3, 224, 224)
     for call in (lambda: models.last_maps(model, x), lambda: models.grad_cam(model, x, 0)):
         with pytest.raises(data.UserError, match="^Grad-CAM needs maps, and no late layer of this network has any$"):
@@ -115,7 +116,8 @@ def test_a_swins_tokens_lie_in_maps_and_have_heat():
     assert heat.shape == (2, 224, 224) and heat.min() >= 0 and heat.amax() == pytest.approx(1)
 
 
-def test_other_weights_give_another_map_and_nothing_in_favour_gives_no_heat():
+def test_no_heat_where_nothing_raises_the_logit():
+    """Other weights give another map."""
     x = torch.randn(1, 3, 64, 64)
     a, b = (models.grad_cam(models.build("resnet18", 2, 64), x, 0) for _ in range(2))
     assert (a - b).abs().max() > 0.1
@@ -144,7 +146,7 @@ def test_the_layer_that_is_named_is_the_layer_that_is_drawn():
         assert (heats[0] - heats[1]).abs().max() > 0.1, arch
 
 
-def test_the_hottest_point_lies_on_the_opacity_more_often_than_a_random_point_in_the_lungs():
+def test_the_hottest_point_often_lies_on_the_opacity():
     """The pointing game, on phantoms that a small network (maps of 8 x 8) learned in seconds to tell apart.
 
     Ten seeds of this network hit 0.40 to 0.64 of the opacities, and a mirrored map at most 0.18.

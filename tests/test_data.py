@@ -59,7 +59,8 @@ def known(split):
 # ---- phantoms
 
 
-def test_the_same_seed_draws_the_same_phantoms_and_another_seed_others():
+def test_the_same_seed_draws_the_same_phantoms():
+    """Another seed draws others."""
     a, b, c = (data.phantoms(6, 40, seed)[0] for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
@@ -72,7 +73,8 @@ def test_a_phantom_shows_the_same_chest_at_every_size():
     assert (large_masks[:, ::2, ::2] == small_masks).float().mean() > 0.97
 
 
-def test_exactly_the_phantoms_with_pneumonia_have_an_opacity_and_it_is_brighter_there():
+def test_phantoms_with_pneumonia_have_an_opacity():
+    """The others have none, and the image is brighter at the opacity."""
     images, labels, masks = data.phantoms(40, 64, 5)
     assert torch.equal(masks.flatten(1).any(1), labels == 1)
     sick, well = images[labels == 1, 0].float(), images[labels == 0, 0].float()
@@ -98,7 +100,7 @@ def test_an_archive_that_holds_one_folder_more_is_found(kermany):
     assert len(data.list_images(kermany.parent)[0]) == len(data.list_images(kermany)[0])
 
 
-def test_patients_are_told_by_number_and_kind_not_by_number_alone(kermany):
+def test_patients_differ_by_number_and_kind(kermany):
     group = {os.path.basename(r["path"]): r["group"] for r in data.list_images(kermany)[0]}
     assert group["person1_bacteria_1.jpeg"] == group["person1_bacteria_2.jpeg"]
     assert group["person1_bacteria_1.jpeg"] != group["person1_virus_1.jpeg"]
@@ -120,7 +122,8 @@ def test_three_classes_come_from_the_file_names(kermany):
     )
 
 
-def test_bacteria_or_virus_is_searched_below_the_class_folder_alone(kermany):
+def test_bacteria_or_virus_comes_from_below_the_class(kermany):
+    """A data set's own folder may have either word in its name."""
     before = data.load(kermany, 16, ("test",), classes=3).test
     kermany.rename(kermany.with_name("virus"))
     after = data.load(kermany.with_name("virus"), 16, ("test",), classes=3).test
@@ -134,7 +137,7 @@ def test_normal_is_class_zero_whatever_the_alphabet_says(tmp_path):
     assert data.list_images(tmp_path / "set")[1] == ["NORMAL", "COVID"]
 
 
-def test_grey_and_colour_files_become_one_grey_channel_with_the_right_pixels(tmp_path):
+def test_all_files_become_one_grey_channel(tmp_path):
     for channels in (1, 3):
         path = image_file(tmp_path / f"{channels}.png", side=20, shade=77, channels=channels)
         assert torch.equal(data.decode(path, 8), torch.full((1, 8, 8), 77, dtype=torch.uint8))
@@ -152,7 +155,8 @@ def test_images_of_one_name_in_train_and_test_are_two_images(tmp_path):
     assert not set(loaded.train.groups) & set(loaded.test.groups) and len(loaded.test.ids) == 8
 
 
-def test_three_classes_are_not_guessed_from_names_that_do_not_tell(kermany):
+def test_three_classes_are_not_guessed(kermany):
+    """A name without bacteria or virus is refused."""
     image_file(kermany / "train/PNEUMONIA/child7.jpeg")
     with pytest.raises(data.UserError, match="child7.jpeg. Use --classes 2"):
         data.load(kermany, 16, classes=3)
@@ -174,7 +178,8 @@ def backwards(monkeypatch):
     monkeypatch.setattr(Path, "glob", lambda *a, **k: iter(sorted(glob(*a, **k), reverse=True)))
 
 
-def test_validation_does_not_change_with_the_order_of_files_or_the_seed(kermany, monkeypatch):
+def test_validation_images_are_always_the_same(kermany, monkeypatch):
+    """They do not change with the order of files or the seed."""
     before = split_of(kermany, "val").ids
     backwards(monkeypatch)
     torch.manual_seed(99)
@@ -220,7 +225,7 @@ def test_each_row_of_the_cache_is_its_own_image(kermany):
         assert torch.equal(split.images[i], data.decode(kermany / id, 32))
 
 
-def test_an_image_replaced_by_another_of_the_same_length_is_noticed(kermany):
+def test_a_replaced_image_of_equal_length_is_noticed(kermany):
     path = image_file(kermany / "test/NORMAL/IM-0100-0001-0002.jpeg", shade=90)
     before, length = split_of(kermany, "test").images.clone(), path.stat().st_size
     image_file(path, shade=200)
@@ -229,7 +234,7 @@ def test_an_image_replaced_by_another_of_the_same_length_is_noticed(kermany):
 
 
 @pytest.mark.parametrize("change", ["file", "size", "code"])
-def test_the_cache_is_made_again_when_what_it_was_made_from_changes(kermany, monkeypatch, change):
+def test_a_changed_source_makes_the_cache_again(kermany, monkeypatch, change):
     before, size = split_of(kermany, "test"), 32
     pixels = before.images.clone()
     if change == "file":
@@ -285,7 +290,7 @@ def test_negatives_of_the_same_names_and_lengths_are_other_pixels(kermany, resto
     assert {k for k in positive if positive[k] != negative[k]} == {"train_pixels"} and key != other_key
 
 
-def test_two_sets_of_one_name_with_equal_files_but_for_their_pixels_share_no_cache(tmp_path, monkeypatch):
+def test_other_pixels_under_equal_names_share_no_cache(tmp_path, monkeypatch):
     for shade, place in ((60, "a/xray"), (200, "b/xray")):
         for i, name in enumerate(("NORMAL", "SICK")):
             path = image_file(tmp_path / place / f"test/{name}/{i}.png", shade=shade)
@@ -320,7 +325,8 @@ def test_a_damaged_cache_is_one_line_that_says_what_to_delete(kermany, damage):
     assert path.read_bytes() == whole
 
 
-def test_an_array_of_several_blocks_is_written_in_order_and_read_again(tmp_path):
+def test_an_array_is_written_in_several_blocks(tmp_path):
+    """The blocks keep their order."""
     def blocks():
         for start in (0, 500, 1000):
             yield np.arange(start, min(start + 500, 1200), dtype=np.int32)[:, None].repeat(3, 1)
@@ -342,13 +348,15 @@ def test_a_cache_that_could_not_be_finished_leaves_nothing_behind(kermany):
 
 
 @pytest.mark.parametrize("n, seed", [(24, 21), (16, 11)])
-def test_phantoms_of_another_seed_or_number_are_not_read_from_the_cache_of_the_first(monkeypatch, n, seed):
+def test_other_phantoms_have_another_cache(monkeypatch, n, seed):
+    """Their seed and number belong to its name."""
     for phantoms in ((24, 11), (n, seed)):
         monkeypatch.setattr(data, "PHANTOMS", {"train": phantoms, "val": (4, 12)})
         assert torch.equal(split_of("phantoms").images, data.phantoms(phantoms[0], 32, phantoms[1])[0])
 
 
-def test_no_image_is_decoded_twice_at_one_size_and_no_test_image_for_training(kermany, monkeypatch):
+def test_no_image_is_decoded_twice(kermany, monkeypatch):
+    """Test images are not decoded for training."""
     decoded, decode = [], data.decode
     monkeypatch.setattr(data, "decode", lambda path, *a: (decoded.append(path), decode(path, *a))[1])
     sizes = set()
@@ -382,7 +390,7 @@ def test_a_16_bit_image_keeps_its_greys(tmp_path):
         assert data.decode(deep_png(path, 8, value), 8).unique().tolist() == [grey]
 
 
-def test_a_palette_an_alpha_channel_and_inks_become_the_grey_that_one_sees(tmp_path):
+def test_palettes_alpha_and_inks_become_grey(tmp_path):
     palette = b"".join(bytes([shade] * 3) for shade in (200, 10, 90))
     body = struct.pack(">I", len(palette)) + b"PLTE" + palette
     extra = body + struct.pack(">I", zlib.crc32(body[4:]))
@@ -402,9 +410,10 @@ def test_a_palette_an_alpha_channel_and_inks_become_the_grey_that_one_sees(tmp_p
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("width, height, part", [(1280, 1024, 8), (384, 320, 4), (128, 64, 1)])
-def test_a_large_jpeg_is_decoded_at_a_part_of_its_size_and_comes_out_as_if_it_were_not(
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(
     tmp_path, monkeypatch, mode, width, height, part
 ):
+    """Its pixels are those of a full decoding."""
     pixels = ramp(width, height)
     Image.fromarray(pixels).convert(mode).save(tmp_path / "large.jpeg", quality=95)
     seen, resize = [], Image.Image.resize
@@ -416,7 +425,8 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size_and_comes_out_as_if_it_we
 
 
 @pytest.mark.parametrize("kind", ["an unknown filter", "no rows", "no zlib", "cut off", "another sum"])
-def test_a_png_with_right_checksums_and_wrong_pixels_is_one_line_that_names_it(kermany, monkeypatch, kind):
+def test_a_png_with_wrong_pixels_is_named(kermany, monkeypatch, kind):
+    """Its checksums are right."""
     compress = zlib.compress  # its stream ends in a checksum of its own, which PNG's says nothing about
     spoil = {"no zlib": lambda body: b"nonsense" * 5, "cut off": lambda body: compress(body)[:12],
              "another sum": lambda body: compress(body)[:-1] + b"?"}
@@ -439,7 +449,8 @@ def by_hand(path, size):
 
 @pytest.mark.parametrize("kind", ["large jpeg", "grey png", "16 bits"])
 @pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
-def test_an_image_is_turned_as_its_exif_says_and_others_do_not_change_by_a_bit(tmp_path, kind, orientation):
+def test_images_are_turned_by_their_exif(tmp_path, kind, orientation):
+    """Images without EXIF do not change by a bit."""
     pixels = ramp(192, 128)
     image = Image.fromarray(pixels.astype(np.uint16) * 257 if kind == "16 bits" else pixels)
     path, exif = tmp_path / ("a.jpeg" if "jpeg" in kind else "a.png"), Image.Exif()
@@ -546,7 +557,8 @@ def test_dicom_that_cannot_be_shown_is_one_line(tmp_path):
 # ---- labels that are wrong, and labels that are hidden
 
 
-def test_wrong_labels_are_in_training_alone_and_as_many_as_asked_for(monkeypatch):
+def test_only_training_has_wrong_labels(monkeypatch):
+    """They are as many as --wrong-labels asks for."""
     monkeypatch.setattr(data, "PHANTOMS", {"train": (200, 11), "val": (20, 12), "test": (20, 13)})
     loaded = data.load("phantoms", 16, ("train", "val", "test"), wrong_labels=0.2)
     wrong = [(getattr(loaded, split).labels != torch.arange(n) % 2).float().mean().item()
@@ -557,7 +569,7 @@ def test_wrong_labels_are_in_training_alone_and_as_many_as_asked_for(monkeypatch
     assert torch.equal(right.train.images, loaded.train.images)
 
 
-def test_which_labels_are_wrong_has_nothing_to_do_with_what_the_images_show(monkeypatch):
+def test_wrong_labels_do_not_depend_on_the_class(monkeypatch):
     monkeypatch.setattr(data, "PHANTOMS", {"train": (300, 11), "val": (4, 12)})
     split = split_of("phantoms", wrong_labels=0.2)
     wrong = split.labels != torch.arange(300) % 2
@@ -568,7 +580,8 @@ def test_which_labels_are_wrong_has_nothing_to_do_with_what_the_images_show(monk
     assert abs(z) < 3
 
 
-def test_which_labels_are_wrong_depends_on_names_alone_not_on_pixels_order_or_seed(kermany, monkeypatch):
+def test_wrong_labels_depend_on_names_alone(kermany, monkeypatch):
+    """Pixels, order and seed do not matter."""
     truth = known(split_of(kermany))
     wrong = {}
     for share in (0.1, 0.4, 1):
@@ -586,13 +599,14 @@ def test_which_labels_are_wrong_depends_on_names_alone_not_on_pixels_order_or_se
     assert [(r + 1) % 3 for r in split_of(kermany, classes=3).labels.tolist()] == three.labels.tolist()
 
 
-def test_images_with_several_findings_take_neither_wrong_labels_nor_a_balanced_subset(few_phantoms):
+def test_findings_refuse_wrong_labels_and_subsets(few_phantoms):
     for options in ({"wrong_labels": 0.2}, {"per_class": 4}):
         with pytest.raises(data.UserError, match="findings has findings: --per-class and --wrong-labels need classes"):
             data.load("findings", 16, **options)
 
 
-def test_labels_are_hidden_from_all_but_so_many_of_a_class_and_fewer_are_among_more(kermany):
+def test_fewer_labels_are_a_part_of_more(kermany):
+    """--labels-per-class hides all other labels."""
     whole = data.load(kermany, 16)
     kept = {}
     for n in (0, 2, 4):
@@ -611,7 +625,8 @@ def test_labels_are_hidden_from_all_but_so_many_of_a_class_and_fewer_are_among_m
         assert torch.equal(loaded.train.images[i], data.decode(kermany / id, 16))
 
 
-def test_of_several_findings_all_are_hidden_and_so_many_times_their_number_of_images_keep_them(few_phantoms):
+def test_how_many_images_keep_their_findings(few_phantoms):
+    """An image keeps all of its findings or none."""
     whole, kept = data.load("findings", 16), {}
     for n in (0, 2, 4):
         loaded = data.load("findings", 16, labels_per_class=n)
@@ -628,7 +643,8 @@ def test_of_several_findings_all_are_hidden_and_so_many_times_their_number_of_im
 # ---- batches
 
 
-def test_prepare_normalises_by_imagenets_mean_and_deviation_and_is_channels_last():
+def test_prepare_normalises_and_is_channels_last():
+    """The mean and deviation are ImageNet's."""
     images = torch.randint(0, 256, (3, 1, 5, 7), dtype=torch.uint8)
     x = data.prepare(images, torch.device("cpu"))
     assert x.shape == (3, 3, 5, 7) and x.is_contiguous(memory_format=torch.channels_last)
@@ -636,7 +652,8 @@ def test_prepare_normalises_by_imagenets_mean_and_deviation_and_is_channels_last
         assert torch.allclose(x[:, c], (images[:, 0] / 255 - mean) / std, atol=1e-5)
 
 
-def test_augmentation_moves_an_image_the_same_way_at_two_sizes_and_never_flips_it():
+def test_augmentation_is_equal_at_two_sizes():
+    """It never flips an image."""
     affines = train.random_affines(8, torch.Generator().manual_seed(1))
     assert (torch.linalg.det(affines[:, :, :2]) > 0.8).all()  # a flip has a negative determinant
     large, small = (data.prepare(data.phantoms(8, s, 3)[0], torch.device("cpu"), affines) for s in (96, 48))
@@ -664,7 +681,8 @@ def test_a_wrong_folder_names_the_layout_expected(source):
         data.load(source, 32)
 
 
-def test_a_set_without_a_folder_train_is_told_what_is_there(kermany):
+def test_a_set_without_train_is_refused(kermany):
+    """The message lists what is there."""
     (kermany / "train").rename(kermany / "Train")
     shutil.rmtree(kermany / "chest_xray")
     with pytest.raises(data.UserError, match=r"No such folder: .*/train. .* holds Train, __MACOSX, test, val\."):
@@ -703,7 +721,8 @@ def audit(folder, capsys):
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_the_audit_counts_images_and_patients_and_those_in_train_and_test(kermany, capsys):
+def test_the_audit_counts_images_and_patients(kermany, capsys):
+    """It also counts patients in both train and test."""
     text = audit(kermany, capsys)
     assert "images (patients) NORMAL PNEUMONIA all" in text
     assert "train 17 (17) 18 (17) 35 (34)" in text and "test 4 (4) 8 (8) 12 (12)" in text
@@ -727,7 +746,8 @@ def test_the_audit_counts_images_and_patients_and_those_in_train_and_test(kerman
     ("train/NORMAL/notes", "left out: 1 train/NORMAL/*."),
     ("train/_spare/a.png", ""), ("train/NORMAL/._a.tif", ""), ("train/NORMAL/.old/a.png", ""), ("train/NORMAL/Thumbs.db", ""),
 ])
-def test_pictures_that_are_not_read_are_said_once_by_the_audit_and_in_training(kermany, capsys, added, said):
+def test_files_that_are_left_out_are_printed_once(kermany, capsys, added, said):
+    """The audit and training print them."""
     before = [r["id"] for r in data.list_images(kermany)[0]]
     (kermany / added).parent.mkdir(parents=True, exist_ok=True)
     (kermany / added).write_bytes((kermany / before[0]).read_bytes())
@@ -741,7 +761,8 @@ def test_pictures_that_are_not_read_are_said_once_by_the_audit_and_in_training(k
 
 
 @pytest.mark.parametrize("n, told", [(16, False), (17, True)])
-def test_a_val_folder_is_folded_into_train_and_a_large_one_is_said_to_be(kermany, capsys, n, told):
+def test_a_val_folder_becomes_part_of_train(kermany, capsys, n, told):
+    """A large one is mentioned."""
     for i in range(n - 2):
         image_file(kermany / f"val/NORMAL/IM-{500 + i:04d}-0001.jpeg")
     records, _ = data.list_images(kermany)
@@ -753,7 +774,7 @@ def test_a_val_folder_is_folded_into_train_and_a_large_one_is_said_to_be(kermany
     (("covid", "healthy"), "positive: healthy. If that is the healthy class, rename its folder NORMAL\n"),
     (("covid", "normal"), ""), (("a", "b", "c"), ""),
 ])
-def test_of_two_classes_without_a_normal_one_the_positive_is_named_with_advice(tmp_path, capsys, names, told):
+def test_without_normal_the_positive_class_is_printed(tmp_path, capsys, names, told):
     for name in names:
         image_file(tmp_path / f"set/train/{name}/patient1.png")
     data.list_images("set")
@@ -834,7 +855,8 @@ def test_an_unlabelled_patient_of_the_test_is_shared(unlabelled, capsys):
     assert "patients in both train and test: 1" in audit(unlabelled, capsys)
 
 
-def test_the_audit_counts_unlabelled_images_in_a_column_of_their_own(unlabelled, capsys):
+def test_the_audit_counts_unlabelled_images(unlabelled, capsys):
+    """They have a column of their own."""
     text = audit(unlabelled, capsys)
     assert "images (patients) NORMAL PNEUMONIA UNLABELLED all" in text
     assert "train 17 (17) 18 (17) 16 (16) 51 (42)" in text and "test 4 (4) 8 (8) 0 (0) 12 (12)" in text
@@ -842,7 +864,8 @@ def test_the_audit_counts_unlabelled_images_in_a_column_of_their_own(unlabelled,
 
 @pytest.mark.parametrize("role, alpha, stay", [("student", 0.9, True), ("student", 0.0, False),
                                                ("baseline", 0.9, False), ("teacher", 0.9, False)])
-def test_only_a_student_that_hears_its_teacher_trains_on_images_without_a_label(unlabelled, role, alpha, stay):
+def test_only_students_train_on_unlabelled_images(unlabelled, role, alpha, stay):
+    """At alpha 0 a student does not use them."""
     args = {"role": role, "alpha": alpha, "data": str(unlabelled), "per_class": None, "labels_per_class": 2,
             "classes": None, "val_fraction": 0.1, "wrong_labels": 0.0}
     loaded = data.load_as(args, 16, ("train",), "cache")
@@ -876,7 +899,8 @@ def test_fingerprints_are_taken_before_labels_are_hidden(unlabelled):
 # ---- CSVs that are cut off, or that count an image twice
 
 
-def test_an_image_in_neither_list_of_chest_xray14_is_no_training_image(nih):
+def test_images_in_neither_list_are_left_out(nih):
+    """ChestX-ray14 has a list for training and one for testing."""
     lines = (nih / "test_list.txt").read_text().split()
     (nih / "test_list.txt").write_text(lines[0])
     with pytest.raises(data.UserError, match=f"{lines[1]} is in neither of the two lists beside .*Fetch both again"):
@@ -962,7 +986,8 @@ def test_a_download_is_checked_unpacked_and_readable(archive):
     assert len(data.list_images("fetched")[0]) == 47 and left_over() == {"fetched"}
 
 
-def test_a_broken_download_is_not_unpacked_and_the_same_command_then_works(archive):
+def test_a_broken_download_is_not_unpacked(archive):
+    """The same command then works."""
     Server.cut = 5000
     with pytest.raises(data.UserError, match="could not be fetched.*run the command again"):
         download(archive)
@@ -1000,7 +1025,7 @@ def test_a_folder_with_files_in_it_is_not_written_over(archive, kermany):
 # ---- plumbing
 
 
-def test_a_name_has_the_same_hash_on_every_machine_and_with_all_its_bits():
+def test_names_have_the_same_hash_on_every_machine():
     assert data.hash_fraction("train/NORMAL/IM-0001-0001.jpeg") == 0.7481095805514286
 
 
@@ -1023,7 +1048,8 @@ def healthy_and_sick(root, split, names):
         image_file(root / f"{split}/SICK/{name}s.png")
 
 
-def test_a_missing_test_folder_is_no_hindrance_to_training_but_to_judging(tmp_path):
+def test_training_needs_no_test_folder(tmp_path):
+    """Evaluation refuses a set without one."""
     healthy_and_sick(tmp_path / "set", "train", "abcd")
     assert data.load("set", 16).classes == ["HEALTHY", "SICK"]
     with pytest.raises(data.UserError, match="has no test images of HEALTHY"):
@@ -1116,7 +1142,8 @@ def throw(error):
     raise error
 
 
-def test_a_mistake_of_ours_is_a_traceback_and_a_users_is_one_line():
+def test_only_our_own_mistakes_are_tracebacks():
+    """A user's mistake is one line."""
     for error in (RuntimeError("shapes differ"), NameError("auc"), KeyError("epoch")):
         with pytest.raises(type(error)):
             data.cli(lambda error=error: throw(error))
@@ -1142,7 +1169,8 @@ def test_a_reader_that_has_read_enough_is_no_error(unbuffered):
                                    AttributeError("a"), RuntimeError("a"), AssertionError(), SyntaxError("a"),
                                    pickle.UnpicklingError("a"), zipfile.BadZipFile("a"), csv.Error("a"),
                                    tokenize.TokenError("a"), http.client.HTTPException("a"), Image.DecompressionBombError("a")])
-def test_what_a_damaged_file_raises_is_explained_in_one_line_and_kept_as_the_cause(error):
+def test_explain_keeps_the_cause(error):
+    """What a damaged file raises becomes one line."""
     with pytest.raises(data.UserError, match=rf"^x is damaged \({type(error).__name__}: .+\)$") as told:
         with data.explain("x is damaged"):
             throw(error)
@@ -1173,7 +1201,8 @@ class Clock:
             self.now += seconds
 
 
-def test_progress_shows_count_and_time_left_and_wipes_its_line(monkeypatch, capsys):
+def test_progress_shows_count_and_time_left(monkeypatch, capsys):
+    """At the end, it wipes its line."""
     Clock(monkeypatch, terminal=True).work(data.progress(range(4), "epoch 1"), 20)
     assert capsys.readouterr().out.split("\r\033[K")[1:] == [
         "epoch 1  1/4  1:00 left", "epoch 1  2/4  0:40 left", "epoch 1  3/4  0:20 left", ""]
@@ -1185,7 +1214,8 @@ def test_no_time_left_has_sixty_seconds(monkeypatch, capsys, seconds, left):
     assert f"x  1/2  {left} left" in capsys.readouterr().out
 
 
-def test_a_terminal_is_refreshed_twice_a_second_and_a_file_gets_a_line_a_minute(monkeypatch, capsys):
+def test_how_often_progress_is_printed(monkeypatch, capsys):
+    """A terminal is refreshed twice per second. A file gets a line per minute."""
     Clock(monkeypatch, terminal=True).work(data.progress(iter(range(100)), "x", total=100), 0.1)
     assert 15 <= capsys.readouterr().out.count("x  ") <= 20  # in ten seconds
     Clock(monkeypatch, terminal=False).work(data.progress(range(100), "x"), 3)
@@ -1220,5 +1250,5 @@ def test_identity_affines_leave_images_where_they_are():
     assert torch.allclose(data.prepare(images, cpu, identity), data.prepare(images, cpu), atol=1e-4)
 
 
-def test_names_of_test_images_are_among_those_that_no_teacher_may_have_seen(kermany):
+def test_no_teacher_may_have_seen_test_images(kermany):
     assert {*data.load(kermany, 8, ("test",)).test.ids} <= data.load(kermany, 8).test_groups

@@ -23,7 +23,7 @@ def tensor(values, **options):
 
 
 @pytest.mark.parametrize("T, alpha, soft, total, grad0, grad1", TWO_CLASSES)
-def test_two_class_values_and_gradients_match_the_published_fixture(T, alpha, soft, total, grad0, grad1):
+def test_two_classes_match_the_published_fixture(T, alpha, soft, total, grad0, grad1):
     s = tensor(S2, requires_grad=True)
     got_total, got_hard, got_soft = distillation_loss(s, tensor(T2), torch.tensor(Y2), T, alpha)
     got_total.backward()
@@ -34,7 +34,7 @@ def test_two_class_values_and_gradients_match_the_published_fixture(T, alpha, so
     assert s.grad[1, 0].item() == pytest.approx(grad1, abs=1e-9)
 
 
-def test_three_class_values_and_gradients_match_the_published_fixture():
+def test_three_classes_match_the_published_fixture():
     s = tensor(S3, requires_grad=True)
     total, hard, soft = distillation_loss(s, tensor(T3), torch.tensor(Y3), T=4, alpha=0.9)
     total.backward()
@@ -52,7 +52,7 @@ def test_sigmoid_loss_matches_the_published_fixture():
     assert binary_kd_loss(tensor(S3), tensor(T3), 4).item() == pytest.approx(0.402535425684, abs=1e-9)
 
 
-def test_kd_loss_is_the_equation_written_out_with_plain_python_floats():
+def test_kd_loss_is_the_equation_in_plain_floats():
     T, loss = 3.0, 0.0
     for s, t in zip(S3, T3, strict=True):
         p = [math.exp(z / T) / sum(math.exp(w / T) for w in t) for z in t]
@@ -61,7 +61,7 @@ def test_kd_loss_is_the_equation_written_out_with_plain_python_floats():
     assert kd_loss(tensor(S3), tensor(T3), T).item() == pytest.approx(T**2 * loss, rel=1e-12)
 
 
-def test_equal_logits_cost_exactly_nothing_and_move_nothing():
+def test_equal_logits_have_loss_and_gradient_zero():
     for loss in (kd_loss, binary_kd_loss):
         s = torch.randn(64, 3, requires_grad=True)
         value = loss(s, s.detach().clone(), 20.0)
@@ -70,7 +70,7 @@ def test_equal_logits_cost_exactly_nothing_and_move_nothing():
         assert s.grad.abs().max() < 1e-6
 
 
-def test_the_gradient_is_T_times_the_gap_between_the_softened_probabilities():
+def test_the_gradient_is_T_times_q_minus_p():
     for T in (1.0, 5.0):
         s, t = (
             torch.randn(8, 4, dtype=torch.float64, requires_grad=True),
@@ -93,7 +93,8 @@ def test_the_gradient_is_that_of_cross_entropy_with_soft_labels():
     assert torch.allclose(ours, s.grad, atol=1e-14)
 
 
-def test_at_a_high_T_it_regresses_centred_logits_both_loss_and_gradient():
+def test_a_high_T_regresses_centred_logits():
+    """This holds for the loss and its gradient."""
     B, C = 16, 5
     s = torch.randn(B, C, dtype=torch.float64, requires_grad=True)
     t = torch.randn(B, C, dtype=torch.float64) + 3
@@ -123,7 +124,8 @@ def test_the_loss_is_a_mean_over_images_and_not_over_classes():
     assert wider.item() == pytest.approx(kd_loss(s, t, 4).item(), rel=1e-12)
 
 
-def test_a_shift_of_an_images_logits_changes_nothing_for_softmax_but_is_seen_by_sigmoid():
+def test_only_sigmoid_sees_a_shift_of_logits():
+    """Softmax does not change if all logits of an image grow by the same number."""
     s, t = tensor(S3), tensor(T3)
     assert kd_loss(s + 7, t - 3, 4).item() == pytest.approx(kd_loss(s, t, 4).item(), rel=1e-9)
     assert kd_loss(t + 2, t, 4).item() == pytest.approx(0, abs=1e-12)
@@ -165,7 +167,8 @@ def test_bfloat16_logits_are_softened_in_float32():
     assert kd_loss(s, t, 3.0).item() == pytest.approx(kd_loss(s.double(), t.double(), 3.0).item(), rel=1e-5)
 
 
-def test_alpha_zero_is_cross_entropy_to_the_bit_and_alpha_one_is_the_teacher_alone():
+def test_the_two_ends_of_alpha():
+    """At alpha 0 the loss is cross-entropy, to the bit. At alpha 1 it is the teacher's part alone."""
     s, t, y = torch.randn(8, 2), torch.randn(8, 2), torch.randint(2, (8,))
     assert torch.equal(distillation_loss(s, t, y, 4.0, 0.0)[0], F.cross_entropy(s, y))
     assert torch.equal(distillation_loss(s, t, y, 4.0, 1.0)[0], kd_loss(s, t, 4.0))
@@ -178,7 +181,7 @@ def test_alpha_one_ignores_the_labels():
     assert torch.equal(distillation_loss(s, t, y, 4.0, 1.0)[0], distillation_loss(s, t, 1 - y, 4.0, 1.0)[0])
 
 
-def test_sigmoid_loss_is_the_two_class_softmax_loss_of_each_finding():
+def test_a_finding_is_a_softmax_over_two_classes():
     s, t = torch.randn(9, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
     as_two_classes = [torch.stack([z.flatten(), torch.zeros(45, dtype=torch.float64)], 1) for z in (s, t)]
     assert binary_kd_loss(s, t, 3.0).item() == pytest.approx(kd_loss(*as_two_classes, 3.0).item(), rel=1e-12)
@@ -189,7 +192,8 @@ def label_loss(logits, labels, smoothing=0.0):
     return distillation_loss(logits, None, labels, 7.0, 0.9, smoothing)
 
 
-def test_without_a_teacher_it_is_the_label_loss_whatever_T_and_alpha():
+def test_without_a_teacher_it_is_the_label_loss():
+    """T and alpha do not matter then."""
     s, y = torch.randn(8, 3), torch.randint(3, (8,))
     total, hard, soft = label_loss(s, y)
     assert torch.equal(total, F.cross_entropy(s, y)) and torch.equal(hard, total) and soft == 0
@@ -199,7 +203,8 @@ def test_without_a_teacher_it_is_the_label_loss_whatever_T_and_alpha():
     assert torch.equal(hard, total) and soft == 0
 
 
-def test_the_hard_loss_is_the_sum_over_labelled_images_divided_by_all_images():
+def test_the_hard_loss_is_divided_by_all_images():
+    """It is the sum over labelled images, divided by the number of all images."""
     s, y = torch.randn(32, 3, dtype=torch.float64), torch.full((32,), -1)
     y[::4] = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])  # 8 of 32
     by_hand = -sum(s[i].log_softmax(0)[y[i]] for i in range(0, 32, 4)) / 32
@@ -207,7 +212,8 @@ def test_the_hard_loss_is_the_sum_over_labelled_images_divided_by_all_images():
     assert torch.isclose(distillation_loss(s, s, y, 4.0, 0.25)[0], 0.75 * by_hand, rtol=1e-12)
 
 
-def test_the_hard_loss_of_findings_is_the_sum_over_labelled_ones_divided_by_all():
+def test_the_hard_loss_of_findings_is_divided_by_all():
+    """It is the sum over labelled findings, divided by the number of all findings."""
     s, y = torch.randn(4, 3, dtype=torch.float64), torch.full((4, 3), math.nan, dtype=torch.float64)
     y[0, 1], y[2, 0], y[2, 2] = 1, 0, 1  # 3 of 12
     q = s.sigmoid()
@@ -216,14 +222,15 @@ def test_the_hard_loss_of_findings_is_the_sum_over_labelled_ones_divided_by_all(
 
 
 @pytest.mark.parametrize("labels", [[-1] * 6, [[math.nan] * 3] * 6])
-def test_without_any_label_the_label_loss_is_zero_and_moves_nothing(labels):
+def test_without_labels_the_label_loss_is_zero(labels):
+    """Its gradient is zero, too."""
     s = torch.randn(6, 3, requires_grad=True)
     value = label_loss(s, torch.tensor(labels), 0.1)[0]
     value.backward()
     assert value == 0 and not s.grad.any()
 
 
-def test_the_teacher_is_heard_on_every_image_also_on_those_without_a_label():
+def test_the_soft_loss_includes_unlabelled_images():
     s, t, T = torch.randn(6, 3), torch.randn(6, 3), 2.0
     one, several = torch.tensor([0, -1, 2, -1, -1, 0]), torch.tensor([[1.0, math.nan, 0.0]] * 6)
     for labels, loss in ((one, kd_loss), (several, binary_kd_loss)):
@@ -241,7 +248,8 @@ def test_the_teacher_is_heard_on_every_image_also_on_those_without_a_label():
     [0, 1, 2, 2, -1, -1, -1, -1], [-1] * 7 + [1],
     [[1, 0, 1]] * 3 + [[1, math.nan, math.nan]] + [[math.nan] * 3] * 4,
 ])
-def test_two_halves_of_a_batch_average_to_its_loss_however_labels_are_spread(labels):
+def test_two_halves_of_a_batch_average_to_its_loss(labels):
+    """It does not matter how labels are spread over the halves."""
     s, t = (torch.randn(8, 3, dtype=torch.float64) for _ in range(2))
     y = torch.tensor(labels)
     whole = distillation_loss(s, t, y, 3.0, 0.4, 0.1)
@@ -251,7 +259,8 @@ def test_two_halves_of_a_batch_average_to_its_loss_however_labels_are_spread(lab
         assert torch.isclose(sum(both) / 2, one, rtol=1e-12)
 
 
-def test_label_smoothing_is_torchs_own_for_one_label_and_its_two_class_form_for_findings():
+def test_label_smoothing_is_torchs_own():
+    """For findings, it is torch's form for two classes."""
     logits, y = torch.randn(8, 3, dtype=torch.float64), torch.randint(3, (8,))
     smooth = F.cross_entropy(logits, y, label_smoothing=0.1)
     assert torch.isclose(label_loss(logits, y, 0.1)[0], smooth, rtol=1e-12)
@@ -260,7 +269,8 @@ def test_label_smoothing_is_torchs_own_for_one_label_and_its_two_class_form_for_
     assert torch.isclose(label_loss(z, y[:, None].double(), 0.1)[0], two)
 
 
-def test_label_smoothing_changes_the_hard_loss_of_a_student_and_leaves_its_soft_loss_alone():
+def test_label_smoothing_leaves_the_soft_loss_alone():
+    """It changes the hard loss only."""
     s, t, y = torch.randn(8, 3), torch.randn(8, 3), torch.randint(3, (8,))
     total, hard, soft = distillation_loss(s, t, y, 4.0, 0.3, 0.1)
     assert torch.isclose(hard, F.cross_entropy(s, y, label_smoothing=0.1))
@@ -268,7 +278,7 @@ def test_label_smoothing_changes_the_hard_loss_of_a_student_and_leaves_its_soft_
     assert torch.isclose(total, 0.7 * hard + 0.3 * soft)
 
 
-def test_several_teachers_speak_with_the_mean_of_their_softened_probabilities():
+def test_mean_teacher_averages_softened_probabilities():
     a, b, T = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64), 4.0
     together = mean_teacher([a, b], T)
     assert torch.allclose((together / T).softmax(1), ((a / T).softmax(1) + (b / T).softmax(1)) / 2)
@@ -314,6 +324,7 @@ def test_at_the_highest_T_allowed_float32_still_has_the_gradient(loss):
     (0.0, 0.5, "0.001 and 1000, got 0.0"),
 ])
 @pytest.mark.parametrize("teacher", [None, torch.zeros(1, 2)])
-def test_settings_out_of_range_are_refused_also_without_a_teacher(T, alpha, says, teacher):
+def test_settings_out_of_range_are_refused(T, alpha, says, teacher):
+    """This holds without a teacher, too."""
     with pytest.raises(ValueError, match=says):
         distillation_loss(torch.zeros(1, 2), teacher, torch.zeros(1).long(), T, alpha)

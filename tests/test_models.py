@@ -59,7 +59,8 @@ def test_every_network_has_one_logit_a_class(arch):
     assert not any(getattr(layer, "out_features", 0) == 1000 for layer in model.modules())
 
 
-def test_the_head_is_found_in_every_family_of_classifiers_of_torchvision():
+def test_the_head_is_found_in_every_family():
+    """The families are those of torchvision's classifiers."""
     families = {}
     for arch in torchvision.models.list_models(module=torchvision.models):
         families[inspect.getmodule(torchvision.models.get_model_builder(arch))] = arch
@@ -71,14 +72,16 @@ def test_the_head_is_found_in_every_family_of_classifiers_of_torchvision():
         assert len(model.head_names) == {"inception_v3": 2, "googlenet": 3}.get(arch, 1), arch
 
 
-def test_parameter_counts_with_two_classes_are_the_published_ones():
+def test_parameter_counts_are_the_published_ones():
+    """The networks have two classes."""
     for arch, size, count in (("alexnet", 64, 57_012_034), ("resnet18", 64, 11_177_538),
                               ("inception_v3", 80, 21_789_666), ("inception_v3", 299, 24_348_900)):
         with torch.device("meta"):
             assert sum(p.numel() for p in models.build(arch, 2, size).parameters()) == count
 
 
-def test_auxiliary_heads_are_there_where_the_image_is_large_enough_and_only_there():
+def test_small_images_have_no_auxiliary_heads():
+    """Images that are large enough have them."""
     model = models.build("inception_v3", 2, size=299).train()
     with torch.no_grad():
         logits, aux = models.forward(model, torch.randn(2, 3, 299, 299))
@@ -99,7 +102,8 @@ def test_batchnorm_averages_follow_within_ten_steps(arch):
 @pytest.mark.parametrize("arch, size, says", [
     ("squeezenet1_1", 16, "Output size is too small"), ("inception_v3", 74, "Calculated padded input size"),
 ])
-def test_a_size_that_a_network_cannot_take_is_refused_with_torchs_reason(arch, size, says):
+def test_a_size_too_small_for_a_network_is_refused(arch, size, says):
+    """The message has torch's reason."""
     said = refused(models.build, arch, 2, size)
     assert said.startswith(f"{arch} cannot take {size} x {size} images; choose a size")
     assert says in said
@@ -120,7 +124,8 @@ class Own(nn.Module):
         return self.last(self.body(x).mean((2, 3)))
 
 
-def test_an_own_network_is_built_frozen_saved_and_loaded_by_its_name(monkeypatch):
+def test_a_network_of_your_own_is_saved_and_loaded(monkeypatch):
+    """It is built, frozen, saved and loaded by its name."""
     monkeypatch.setitem(models.NETWORKS, "own", Own)
     model = models.build("own", 3, 32)
     trainable = models.freeze(model, "head")
@@ -146,7 +151,7 @@ def test_a_network_without_a_layer_of_1000_outputs_is_refused(monkeypatch):
     ("alexnet", "fc", 54_542_338), ("alexnet", "head", 8_194), ("googlenet", "head", 2_050),
     ("resnet18", "fc", 1_026), ("squeezenet1_1", "head", 1_026),
 ])
-def test_freezing_leaves_exactly_the_stated_parameters_to_learn(arch, finetune, learning):
+def test_which_parameters_freezing_leaves(arch, finetune, learning):
     with torch.device("meta"):
         model = models.build(arch, 2, 64)
         trainable = models.freeze(model, finetune)
@@ -168,7 +173,7 @@ def test_freezing_only_freezes_no_weight_changes_by_it(finetune):
 
 
 @pytest.mark.parametrize("arch", ["alexnet", "googlenet", "shufflenet_v2_x0_5", "squeezenet1_1", "densenet121"])
-def test_the_trainable_part_makes_of_the_features_what_the_network_makes_of_the_image(arch):
+def test_features_give_the_same_logits_as_images(arch):
     model = models.build(arch, 2, 64).double()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     for finetune in ("fc", "head"):
@@ -180,7 +185,7 @@ def test_the_trainable_part_makes_of_the_features_what_the_network_makes_of_the_
         assert not trainable._forward_pre_hooks
 
 
-def test_reading_features_moves_no_average_and_drops_nothing():
+def test_features_use_no_dropout_and_move_no_average():
     model = models.build("googlenet", 2, 64)
     trainable = models.freeze(model, "head")
     trainable.train()  # as the loop does
@@ -192,7 +197,8 @@ def test_reading_features_moves_no_average_and_drops_nothing():
 # ---- checkpoints
 
 
-def test_a_checkpoint_gives_back_the_same_logits_facts_and_a_frozen_network_in_eval_mode(tmp_path):
+def test_a_checkpoint_gives_the_same_logits_and_facts(tmp_path):
+    """The network comes back frozen and in eval mode."""
     model = models.build("shufflenet_v2_x0_5", 3, 64).eval()
     models.save_checkpoint(tmp_path / "best.pt", model, classes=["a", "b", "c"], epoch=4)
     again, facts = models.load_checkpoint(tmp_path)  # its folder
@@ -299,7 +305,8 @@ def test_a_run_that_lacks_a_fact_is_refused_with_its_name():
 
 
 @pytest.mark.parametrize("name", ["arch", "num_classes", "aux", "transform_input"])
-def test_a_checkpoint_that_lacks_a_fact_of_its_network_is_refused_with_its_name(name):
+def test_a_checkpoint_that_lacks_a_fact_is_refused(name):
+    """The message names the fact."""
     models.save_checkpoint("x.pt", small())
     content = torch.load("x.pt", weights_only=True)
     del content["facts"][name]
@@ -336,7 +343,8 @@ def test_a_foreign_network_is_refused(seen, classes, says):
 # ---- weights from elsewhere
 
 
-def test_the_head_of_an_own_run_is_kept_where_classes_are_as_many_and_else_random():
+def test_when_the_head_of_a_run_is_kept():
+    """It is kept if the number of classes is the same. Otherwise it is random."""
     source = small(classes=3)
     models.save_checkpoint("run.pt", source)
     for classes in (3, 2):
@@ -359,7 +367,8 @@ def test_a_file_fills_everything_but_the_new_head():
         assert model.facts["first_weights"] == models.weights_hash(source.state_dict())
 
 
-def test_a_plain_state_dict_of_googlenet_was_made_for_other_inputs_and_our_own_checkpoint_says_itself():
+def test_plain_googlenet_weights_transform_their_input():
+    """Torchvision made them for other inputs. A checkpoint of ours records which input it expects."""
     source = models.build("googlenet", 2, 64)
     assert source.transform_input is False  # random weights were made for nothing
     torch.save(source.state_dict(), "plain.pth")
@@ -372,19 +381,21 @@ def test_a_plain_state_dict_of_googlenet_was_made_for_other_inputs_and_our_own_c
         assert ours.transform_input is said and ours.facts["transform_input"] is said
 
 
-def test_a_plain_state_dict_of_another_network_changes_nothing_about_its_input():
+def test_other_plain_weights_leave_the_input_alone():
     torch.save(small().state_dict(), "plain.pth")
     model = small(weights="plain.pth")
     assert model.transform_input is False and model.facts["transform_input"] is False
 
 
-def test_whose_images_first_weights_have_learned_from_is_remembered_through_a_file():
+def test_first_weights_remember_their_patients():
+    """Their patients are kept in the file."""
     models.save_checkpoint("a.pt", small(), seen_groups=["patient7"])
     assert small(classes=3, weights="a.pt").facts["seen_groups"] == ["patient7"]
     assert small(classes=3).facts["seen_groups"] == []
 
 
-def test_mnasnets_weights_load_by_the_version_that_torchvision_notes_in_them():
+def test_mnasnets_weights_load_by_their_version():
+    """torchvision stores the version in them."""
     source = models.build("mnasnet0_5", 3, 64)
     models.save_checkpoint("ours.pt", source)
     torch.save(source.state_dict(), "plain.pth")
@@ -401,7 +412,7 @@ def test_weights_of_another_network_are_refused():
     assert "1 names differ, such as one.more" in refused(small, weights="b.pth")
 
 
-def test_a_file_of_weights_for_residuals_is_refused_where_images_are_read():
+def test_weights_for_residuals_are_refused_for_images():
     models.save_checkpoint("a.pt", small(reads="residual"))
     assert "a.pt reads the --input residual: add that flag" in refused(small, weights="a.pt")
     assert small(weights="a.pt", reads="residual").facts["from_run"]
@@ -456,7 +467,8 @@ def test_imagenet_weights_put_there_by_hand_are_used(downloaded):
     assert model.facts["first_weights"] == models.weights_hash(state)  # heads included
 
 
-def test_inceptions_weights_convert_its_input_and_small_images_do_without_its_auxiliary_head(downloaded):
+def test_inceptions_weights_convert_its_input(downloaded):
+    """Small images do without its auxiliary head."""
     state, name = bare_state("inception_v3"), "Mixed_7c.branch1x1.conv.weight"
     path = downloaded / published("inception_v3")[1]
     torch.save(state, path)
@@ -476,7 +488,8 @@ def test_densenets_old_names_are_understood(downloaded):
     assert torch.equal(model.state_dict()[name], state[name])
 
 
-def test_imagenet_weights_leave_the_same_random_head_as_a_file_of_the_same_tensors(downloaded):
+def test_imagenet_weights_and_a_file_give_equal_heads(downloaded):
+    """The random heads are equal."""
     path = downloaded / published("resnet18")[1]
     torch.save(bare_state("resnet18"), path)
     made = []
@@ -502,7 +515,8 @@ def server(tmp_path):
 
 
 @pytest.mark.parametrize("truthful", [True, False])
-def test_fetched_weights_are_used_only_if_their_hash_is_the_one_in_their_name(truthful, server, tmp_path, monkeypatch):
+def test_downloaded_weights_must_match_their_hash(truthful, server, tmp_path, monkeypatch):
+    """The hash is part of their name."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     folder, address = server
     state = bare_state("squeezenet1_1")
@@ -554,7 +568,8 @@ def residuals_by_integers(image):
     return np.stack([first, rounded(second, 3), rounded(square, 6)]).clip(-2, 2)
 
 
-def test_residuals_are_what_integers_give_also_where_two_are_equally_near():
+def test_residuals_equal_integer_arithmetic():
+    """This includes pixels with two equally near values."""
     smooth = data.phantoms(2, 64, seed=5)[0]
     noise = torch.randint(100, 130, (1, 1, 64, 64), dtype=torch.uint8)
     images = torch.cat([smooth, noise])
@@ -655,7 +670,7 @@ def test_precompute_refuses_one_infinite_output_and_leaves_no_file():
     assert precomputed(images[:69], network)[1]
 
 
-def test_attention_is_counted_in_the_multiply_adds_of_a_transformer():
+def test_multiply_adds_include_attention():
     # ViT-B/32 at 224: 50 tokens of 768, 12 layers of 4 projections and 2 products of attention and an MLP
     # of 4 x 768, after the patches' convolution and before the head: torchvision publishes 4.41 G.
     with torch.device("meta"):

@@ -58,7 +58,8 @@ def texts(path):
 # ---- the table
 
 
-def test_every_row_is_a_dot_within_its_interval_and_null_is_not_drawn():
+def test_every_row_is_a_dot_within_its_interval():
+    """null is not drawn."""
     auc, accuracy, gained, _ = plots.table({"rows": ROWS, "gains": GAINS}).axes
     dots, intervals = drawn(auc)
     assert dots == [[pytest.approx(90), 0], [pytest.approx(96.2), 1], [pytest.approx(70), 2]]
@@ -70,7 +71,8 @@ def test_every_row_is_a_dot_within_its_interval_and_null_is_not_drawn():
     assert bottom > 2 and top < 0  # the first row stands on top
 
 
-def test_the_gains_alone_have_a_line_of_no_change_and_without_gains_there_is_one_block():
+def test_only_gains_have_a_line_at_zero():
+    """Without gains, there is one block."""
     def dotted(ax):
         return [line.get_xdata() for line in ax.lines if line.get_linestyle() == ":"]
 
@@ -145,7 +147,8 @@ def history(folder, train, validation):
     Path(folder, "history.csv").write_text("\n".join(["epoch,loss,train_accuracy,val_accuracy", *lines]) + "\n")
 
 
-def test_seeds_share_a_panel_with_validation_solid_and_training_dashed():
+def test_seeds_share_a_panel():
+    """Validation is solid, training dashed."""
     history("runs/demo/teacher", [0.5, 0.75], [0.6, 0.7])
     history("runs/demo/teacher-seed1", [0.25, 0.5, 1.0], [0.4, 0.8, 0.9])
     history("runs/demo/student-T1-seed10", [math.nan], [0.9])
@@ -159,7 +162,7 @@ def test_seeds_share_a_panel_with_validation_solid_and_training_dashed():
     assert math.isnan(dashed.get_ydata()[0]) and solid.get_ydata().tolist() == [90]
 
 
-def test_more_than_three_rows_go_below_and_every_one_has_a_panel(monkeypatch):
+def test_more_than_three_panels_go_below(monkeypatch):
     for name in "abcde":
         history(f"runs/{name}", [0.5, 0.75], [0.6, 0.7])
     type_in(monkeypatch, "curves", "curves.svg", *sorted(Path("runs").iterdir()))

@@ -265,7 +265,8 @@ def test_processes_with_different_out_folders_end_in_one_line(results):
             assert line.startswith("error: ") and "\n" not in line and "share --out" in line
 
 
-def test_collectives_time_out_in_ten_minutes_and_the_wait_for_caches_in_hours(results):
+def test_timeouts_of_several_processes(results):
+    """Collectives end after ten minutes, the wait for caches after hours."""
     for result in results:
         assert len(result["timeouts"]["init_process_group"]) >= 2
         assert all(0 < seconds <= 600 for seconds in result["timeouts"]["init_process_group"])
@@ -291,7 +292,7 @@ def test_one_process_does_not_resume_a_run_of_two(folder, few_phantoms, monkeypa
         fit("--out", "run", small=TINY)
 
 
-def test_a_killed_run_of_two_processes_resumes_to_the_same_bits(folder, results):
+def test_two_killed_processes_resume_to_the_same_bits(folder, results):
     assert (folder / "printed-0").read_text().count("cut is finished, epoch 2") >= 1
     assert "resuming after epoch 1" in (folder / "printed-0").read_text()
     model, facts = models.load_run(folder / "cut")

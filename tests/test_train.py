@@ -115,20 +115,22 @@ def test_a_batch_holds_the_same_rows_of_all_three():
     assert paired()[0][2] is None  # without a teacher
 
 
-def test_a_source_with_a_network_returns_its_outputs_for_these_rows():
+def test_a_source_with_a_network_returns_its_outputs():
     images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1)
     source, rows = models.from_images(images, CPU, lambda x: 2 * x.flatten(1)), torch.tensor([7, 3])
     assert torch.equal(source(rows), 2 * data.prepare(images[rows], CPU).flatten(1))
 
 
-def test_a_pass_holds_every_image_once_in_the_order_of_its_seed():
+def test_a_pass_holds_every_image_once():
+    """The seed decides the order."""
     first, again, second = (torch.cat([y for _, y, _ in paired(labels=torch.arange(32), seed=seed)])
                             for seed in (0, 0, 1))
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(32))
     assert torch.equal(first, again) and not torch.equal(first, second)
 
 
-def test_every_epoch_of_a_run_holds_every_image_in_another_order(few_phantoms, monkeypatch):
+def test_every_epoch_has_another_order(few_phantoms, monkeypatch):
+    """Every epoch holds every image."""
     epochs = watch_epochs(monkeypatch)
     run("--epochs", "3")
     orders = [tuple(images_of(epoch)) for epoch in epochs]
@@ -141,7 +143,8 @@ def test_a_last_batch_of_one_joins_the_one_before_it():
     assert [len(y) for _, y, _ in paired(labels=Y[:10], batch_size=4)] == [4, 4, 2]
 
 
-def test_steps_are_less_than_one_pass_or_several_in_different_orders():
+def test_steps_may_be_less_or_more_than_one_pass():
+    """Several passes have different orders."""
     assert [len(y) for _, y, _ in paired(steps=3)] == [8, 8, 8]
     assert [len(y) for _, y, _ in paired(X[:1], Y[:1], steps=3)] == [1, 1, 1]
     rows = torch.cat([y for _, y, _ in paired(labels=torch.arange(32), steps=10)])
@@ -250,7 +253,8 @@ def test_a_step_with_weight_decay_has_its_closed_form():
         assert torch.allclose(w.weight, start - lr * step, atol=1e-4)
 
 
-def test_training_moves_the_student_and_leaves_the_teacher_alone():
+def test_training_does_not_change_the_teacher():
+    """It changes the student."""
     student, teacher = perceptron(), perceptron().eval()
     frozen = {k: v.clone() for k, v in teacher.state_dict().items()}  # BatchNorm's averages too
     before = [p.detach().clone() for p in student.parameters()]
@@ -267,7 +271,8 @@ def test_a_model_in_eval_mode_is_trained_in_training_mode():
     assert model.training and not torch.equal(average, model[2].running_mean)
 
 
-def test_alpha_zero_is_training_without_a_teacher_to_the_bit():
+def test_alpha_zero_equals_training_without_a_teacher():
+    """The weights are equal to the bit."""
     alone = weights_after()
     assert torch.equal(alone, weights_after(logits=LOGITS, alpha=0.0))
     assert not torch.equal(alone, weights_after(logits=LOGITS, alpha=0.5))
@@ -287,7 +292,8 @@ def test_permuted_teacher_logits_change_the_weights():
     assert not torch.equal(weights_after(logits=LOGITS), weights_after(logits=shuffled))
 
 
-def test_losses_are_means_over_images_whatever_the_batches():
+def test_losses_are_means_over_images():
+    """The size of the batches does not matter."""
     model, T, alpha = WithAux(), 2.0, 0.3
     batches = [some(slice(0, 24), Y, LOGITS), some(slice(24, 32), Y, LOGITS)]
     row = train.train_one_epoch(model, batches, sgd(model, 0.0), T, alpha, aux_weight=0.4)
@@ -300,7 +306,7 @@ def test_losses_are_means_over_images_whatever_the_batches():
     assert row["train_accuracy"] == pytest.approx((logits.argmax(1) == Y).float().mean().item())
 
 
-def test_progress_gets_the_batches_title_and_number_of_steps(monkeypatch):
+def test_progress_gets_its_title_and_steps(monkeypatch):
     monkeypatch.setattr(train, "progress", lambda *args: (calls.append(args[1:]), args[0])[1])
     calls, model, batches = [], torch.nn.Linear(16, 2), [some(slice(0, 24), x=X.flatten(1))]
     train.train_one_epoch(model, batches, sgd(model), title="epoch 1/2", n_steps=1)
@@ -326,7 +332,7 @@ def without(labels, rows):
 
 
 @BOTH
-def test_an_image_without_a_label_is_counted_and_adds_no_label_loss(labels):
+def test_an_unlabelled_image_adds_no_label_loss(labels):
     """8 labelled and 24 unlabelled images: a quarter of the step and of the loss of the 8."""
     models_, rows = (WithAux(), WithAux()), []
     models_[1].load_state_dict(models_[0].state_dict())
@@ -339,7 +345,8 @@ def test_an_image_without_a_label_is_counted_and_adds_no_label_loss(labels):
 
 
 @BOTH
-def test_images_without_a_label_move_everything_through_the_teacher(labels):
+def test_unlabelled_images_train_through_the_teacher(labels):
+    """All weights get a gradient."""
     w = torch.nn.Linear(16, 2, bias=False)
     start, x, T, alpha, lr = w.weight.detach().clone(), X.flatten(1), 3.0, 0.7, 0.1
     labels = without(labels, slice(8, 32))
@@ -352,7 +359,8 @@ def test_images_without_a_label_move_everything_through_the_teacher(labels):
 
 
 @BOTH
-def test_an_unlabelled_batch_has_label_loss_0_and_trains_only_through_the_teacher(labels):
+def test_an_unlabelled_batch_has_no_label_loss(labels):
+    """The student is trained only through the teacher."""
     for logits in (None, LOGITS):
         model = WithAux()
         before = vector(model)
@@ -363,7 +371,8 @@ def test_an_unlabelled_batch_has_label_loss_0_and_trains_only_through_the_teache
         assert vector(model).isfinite().all() and (row["loss"] > 0) == (logits is not None)
 
 
-def test_training_accuracy_is_over_labelled_images_if_they_are_half_or_more():
+def test_training_accuracy_needs_half_of_the_labels():
+    """It is that of the labelled images, and is left out if they are fewer than half."""
     identity = torch.nn.Linear(2, 2, bias=False)
     identity.weight.data = torch.eye(2)
     says_1 = torch.tensor([[0.0, 1.0]]).repeat(8, 1)
@@ -499,7 +508,8 @@ def test_the_first_three_commands_leave_three_runs(few_phantoms, monkeypatch):
     assert facts["config"]["teacher"] == ["runs/demo/teacher"] and facts["classes"] == ["NORMAL", "PNEUMONIA"]
 
 
-def test_a_run_is_named_by_its_role_network_temperature_and_seed():
+def test_the_name_of_a_run():
+    """It has the role, the network, the temperature and the seed."""
     def name(*argv):
         return train.get_args(["--role", *argv]).out
 
@@ -508,7 +518,8 @@ def test_a_run_is_named_by_its_role_network_temperature_and_seed():
     assert name("baseline", "--arch", "resnet18", "--augment") == "runs/demo/baseline-resnet18"
 
 
-def test_every_flag_overrides_a_recipe_and_a_recipe_is_chosen_by_the_data():
+def test_flags_override_the_recipe():
+    """The data choose the recipe."""
     for argv, wanted in ((["--role", "student"], ("demo", 20, 0.2, "none")),
                          (["--role", "student", "--epochs", "3", "--weights", "x"], ("demo", 3, 0.2, "x")),
                          (["--role", "baseline", "--data", "x"], ("pneumonia", 20, 0.0, "imagenet")),
@@ -519,9 +530,10 @@ def test_every_flag_overrides_a_recipe_and_a_recipe_is_chosen_by_the_data():
         assert (args.recipe, args.epochs, args.wrong_labels, args.weights) == wanted
 
 
-def test_a_network_of_ones_own_is_trained_by_its_name_in_networks(
+def test_a_network_of_your_own_is_trained(
     few_phantoms, monkeypatch
 ):
+    """--arch takes its name in NETWORKS."""
     monkeypatch.setitem(models.NETWORKS, "mine", lambda: torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 1000)))
     run("--arch", "mine", "--out", "run")
@@ -583,7 +595,7 @@ def test_the_epoch_line_tells_the_figures_of_the_history(few_phantoms, capsys):
 
 
 @pytest.mark.parametrize("wrong", ["0", "0.5"])
-def test_the_first_lines_count_labels_and_wrong_ones_among_them(few_phantoms, capsys, wrong):
+def test_the_first_lines_count_wrong_labels(few_phantoms, capsys, wrong):
     run("--out", "teacher", "--epochs", "1")
     capsys.readouterr()
     run("--labels-per-class", "10", "--wrong-labels", wrong, "--teacher", "teacher", "--epochs", "1", role="student")
@@ -596,7 +608,7 @@ def test_the_first_lines_count_labels_and_wrong_ones_among_them(few_phantoms, ca
     assert wrong == "0" or 0 < n_wrong < (given != shown).sum()  # some of the hidden labels are wrong too
 
 
-def test_an_image_counts_as_labelled_if_any_of_its_findings_is_known():
+def test_one_known_finding_makes_an_image_labelled():
     nan, model = math.nan, perceptron()
     split = types.SimpleNamespace(labels=torch.tensor([[nan, 0.0], [nan, nan], [1.0, 0.0]]), ids=["a", "b", "c"])
     images = types.SimpleNamespace(train=split, val=split, n_wrong=0)
@@ -610,7 +622,7 @@ def test_an_image_counts_as_labelled_if_any_of_its_findings_is_known():
     ("findings", [(0.5, math.nan, 0.70), (0.5, math.nan, 0.50), (0.9, math.nan, 0.60)], 2),  # no AUC: the loss
     ("findings", [(0.5, math.nan, 0.10), (0.5, 0.40, 0.50), (0.5, math.nan, 0.10)], 2),  # a bad AUC before none
 ])
-def test_accuracy_or_auc_chooses_the_best_epoch_and_the_loss_decides_ties(
+def test_how_the_best_epoch_is_chosen(
     few_phantoms, monkeypatch, source, figures, best
 ):
     """best.pt, which is written at the end, holds the weights after that epoch, not those after the last."""
@@ -661,7 +673,7 @@ def test_a_checkpoint_alone_knows_whether_its_run_has_ended(few_phantoms, always
     assert without_seconds("cut") == without_seconds("whole")
 
 
-def test_resuming_under_another_commit_is_told_in_one_line(few_phantoms, always_saved, monkeypatch, capsys):
+def test_resuming_under_another_commit_prints_a_line(few_phantoms, always_saved, monkeypatch, capsys):
     def commit(name):
         monkeypatch.setattr(train, "origin", lambda device: {**evaluate.origin(device), "commit": name})
 
@@ -712,7 +724,8 @@ def test_a_better_epoch_removes_the_figures_of_an_earlier_one(
     assert len(history("run")) == 3 and all(path.exists() for path in judged)
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(few_phantoms):
+def test_the_same_seed_gives_the_same_bits(few_phantoms):
+    """Another seed gives others."""
     run("--epochs", "1", "--out", "a")
     run("--epochs", "1", "--out", "b")
     run("--epochs", "1", "--out", "c", "--seed", "1")
@@ -758,7 +771,8 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
     assert without_seconds("whole") == without_seconds("cut")
 
 
-def test_a_finished_run_started_again_says_so_and_changes_nothing(few_phantoms, capsys):
+def test_a_finished_run_is_not_trained_again(few_phantoms, capsys):
+    """The command prints a line and changes nothing."""
     run("--out", "run")
     before = {p.name: p.read_bytes() for p in Path("run").iterdir()}
     capsys.readouterr()
@@ -816,7 +830,7 @@ def test_a_run_resumes_only_with_the_config_it_was_begun_with(few_phantoms, monk
     refused("(other )?teacher_weights[^,]*")
 
 
-def test_teacher_and_first_weights_may_have_other_paths_on_resuming(
+def test_resuming_accepts_other_paths_of_the_same_files(
     few_phantoms, last_is_best, always_saved, monkeypatch
 ):
     """The teacher has not ended: its state is part of what is compared."""
@@ -832,7 +846,8 @@ def test_teacher_and_first_weights_may_have_other_paths_on_resuming(
     assert facts_of("cut")["config"]["taught_by"] != ["tiny"]
 
 
-def test_unlabelled_images_make_an_epoch_longer_unless_its_steps_are_given(few_phantoms):
+def test_unlabelled_images_make_an_epoch_longer(few_phantoms):
+    """--steps-per-epoch fixes its length."""
     run("--out", "teacher", role="teacher")
     lengths = []
     for steps in ((), ("--steps-per-epoch", "2")):
@@ -929,7 +944,7 @@ def test_a_teacher_smaller_than_its_student_reads_small_images(few_phantoms, mon
     assert sides == {True: {(3, 48, 48)}, False: {(3, 32, 32)}}
 
 
-def test_a_teacher_with_other_images_than_its_student_is_refused(few_phantoms, monkeypatch):
+def test_a_teacher_with_other_images_is_refused(few_phantoms, monkeypatch):
     """This happens where files change between two readings. The order of the images is compared, too."""
     run("--out", "teacher", "--size", "48")
     real = train.load_as
@@ -946,7 +961,7 @@ def test_a_teacher_with_other_images_than_its_student_is_refused(few_phantoms, m
             run("--teacher", "teacher", *augment, "--out", "student", role="student")
 
 
-def test_teacher_logits_are_computed_anew_once_anything_behind_them_changes(few_phantoms, monkeypatch):
+def test_changed_inputs_recompute_teacher_logits(few_phantoms, monkeypatch):
     """Two teachers of one network and as many images: only what is in them differs."""
     run("--out", "teacher")
     run("--out", "other", "--seed", "1")
@@ -973,7 +988,8 @@ def test_teacher_logits_are_computed_anew_once_anything_behind_them_changes(few_
     assert check() == check() == 5
 
 
-def test_with_augmentation_teacher_and_student_read_the_same_images(few_phantoms):
+def test_augmented_images_are_the_same_for_the_teacher(few_phantoms):
+    """Teacher and student read the same augmented images."""
     run("--out", "teacher")
     images = data.load("phantoms", 32)
     teacher = teacher_source(student("--teacher", "teacher", "--augment"), images)
@@ -1014,7 +1030,8 @@ def test_a_teacher_of_other_classes_is_refused(few_phantoms, kermany):
         run("--teacher", "teacher", "--data", str(kermany), "--classes", "3", "--weights", "none", "--finetune", "all", role="student")
 
 
-def test_a_teacher_with_infinite_logits_is_refused_and_leaves_no_file(few_phantoms):
+def test_a_teacher_with_infinite_logits_is_refused(few_phantoms):
+    """No file is left behind."""
     run("--out", "teacher", "--epochs", "1")
     model, facts = models.load_checkpoint("teacher")
     model.classifier[3].bias.data.fill_(math.inf)
@@ -1103,7 +1120,8 @@ WAYS = {  # how a student of another hospital can come by what was learned from 
 
 @pytest.mark.parametrize("part", ["validation", "test"])
 @pytest.mark.parametrize("way", WAYS)
-def test_no_patient_judges_a_student_if_anything_behind_it_was_trained_on_them(family, tmp_path, way, part):
+def test_no_patient_both_trains_and_judges(family, tmp_path, way, part):
+    """Teachers and first weights behind a student count as well."""
     others, share = range(20, 28), 0.75
     if part == "test":
         c = hospital(tmp_path / "c", others, range(8))
@@ -1121,7 +1139,8 @@ def test_no_patient_judges_a_student_if_anything_behind_it_was_trained_on_them(f
         fit(*flags, "--out", "refused", role="student", small=small)
 
 
-def test_a_run_remembers_all_patients_behind_it_and_no_others(family, tmp_path):
+def test_a_run_records_the_patients_it_was_trained_on(family, tmp_path):
+    """These include the patients of its teachers and first weights."""
     e = hospital(tmp_path / "e", range(40, 48), range(90, 92))
     own = names(data.load(e, 32, val_fraction=0.25).train)
     for name, flags, role in (("by teacher", ("--teacher", f"{family.root}/taught"), "student"),
@@ -1130,7 +1149,7 @@ def test_a_run_remembers_all_patients_behind_it_and_no_others(family, tmp_path):
         assert set(facts_of(name)["seen_groups"]) == own | family.a | family.b
 
 
-def test_a_teachers_images_are_known_even_after_patients_were_renamed(tmp_path, monkeypatch):
+def test_renamed_patients_are_recognised(tmp_path, monkeypatch):
     flags = [*HOSPITAL, "--data", hospital(tmp_path / "a", range(8), range(50, 52))]
     run(*flags, "--out", "teacher")
     monkeypatch.setattr(data, "PATIENT", re.compile("other names"))
@@ -1163,7 +1182,7 @@ def pretrained(few_phantoms):
 
 
 @pytest.mark.parametrize("augment", [(), ("--augment",)])
-def test_a_fixed_extractor_learns_its_head_and_moves_nothing_else(pretrained, augment):
+def test_a_fixed_extractor_trains_only_its_head(pretrained, augment):
     run(*pretrained, "--finetune", "head", *augment, "--out", "run")
     before, after = weights_of("pretrained"), weights_of("run")
     for name in before:  # BatchNorm's averages and counters included
@@ -1180,7 +1199,7 @@ def test_a_frozen_network_is_run_once_over_the_images(pretrained, monkeypatch):
     assert len(runs) == 3 * 2  # the second run reads the files
 
 
-def test_features_are_computed_anew_once_anything_behind_them_changes(pretrained, monkeypatch):
+def test_changed_inputs_recompute_features(pretrained, monkeypatch):
     run("--out", "other", "--seed", "1")
 
     def check(weights="pretrained", finetune="fc"):
@@ -1202,7 +1221,8 @@ def test_features_are_computed_anew_once_anything_behind_them_changes(pretrained
     assert check() == check() == 5
 
 
-def test_features_too_large_for_float16_are_refused_and_not_kept(pretrained):
+def test_features_too_large_for_float16_are_refused(pretrained):
+    """No file is left behind."""
     model, facts = models.load_checkpoint("pretrained")
     model.features[1].weight.fill_(1e9)  # BatchNorm
     models.save_checkpoint("pretrained/best.pt", model, **facts)
@@ -1211,7 +1231,7 @@ def test_features_too_large_for_float16_are_refused_and_not_kept(pretrained):
     assert not list(Path("cache").glob("features-*"))
 
 
-def test_the_fully_connected_layers_of_a_run_are_kept_and_those_of_a_file_are_not(pretrained):
+def test_which_fully_connected_layers_are_kept(pretrained):
     """With --finetune fc, as the paper has it for ImageNet's weights."""
     own = weights_of("pretrained")
     torch.save(own, "plain.pt")
@@ -1224,7 +1244,7 @@ def test_the_fully_connected_layers_of_a_run_are_kept_and_those_of_a_file_are_no
             assert torch.equal(value, own[name]) == (kept or name.startswith("features.")), name
 
 
-def test_a_network_that_nothing_was_learned_with_is_not_frozen(few_phantoms):
+def test_random_weights_are_not_frozen(few_phantoms):
     with pytest.raises(data.UserError, match="--finetune head would freeze random weights; give --weights"):
         run("--finetune", "head")
 
@@ -1238,7 +1258,7 @@ def test_a_body_that_reads_residuals_is_not_given_images(few_phantoms):
     assert facts_of("second")["input"] == "residual"
 
 
-def test_training_on_features_equals_training_with_the_rest_frozen(pretrained, last_is_best):
+def test_training_on_features_equals_training_frozen(pretrained, last_is_best):
     run(*pretrained, "--finetune", "head", "--out", "table")
     images = data.load("phantoms", 32)
     model = models.build("tiny", 2, 32, "pretrained/best.pt")
@@ -1342,7 +1362,8 @@ def fails(*_, **__):
     ("student", ["--teacher", "nobody"], "No such file: nobody"),
     ("teacher", ["--data", "nowhere"], "No such folder: nowhere"),
 ])
-def test_missing_images_weights_and_teachers_are_told_before_decoding(monkeypatch, role, flags, line):
+def test_missing_files_are_found_before_decoding(monkeypatch, role, flags, line):
+    """Images, weights and teachers are looked for."""
     monkeypatch.setattr(data, "draw_blocks", fails)
     monkeypatch.setattr(data, "decode_blocks", fails)
     with pytest.raises(SystemExit, match=f"^error: [^\n]*{re.escape(line)}[^\n]*$"):
@@ -1358,7 +1379,8 @@ def test_an_out_that_cannot_be_created_is_one_line(few_phantoms, monkeypatch, ou
         data.cli(lambda: run("--out", out))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_the_numbers(few_phantoms, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_the_run(few_phantoms, monkeypatch):
+    """The message has the numbers."""
     real = train.distillation_loss
     monkeypatch.setattr(train, "distillation_loss", lambda *args: tuple(math.nan * part for part in real(*args)))
     with pytest.raises(data.UserError, match="the loss is nan in epoch +1/2 at learning rate 0.01.*--lr"):
@@ -1388,7 +1410,8 @@ def test_help_begins_with_an_example_and_fits_a_terminal(script, capsys):
             assert f"(default: {default}" in " ".join(page.split())
 
 
-def test_a_log_file_gets_one_line_an_epoch_and_no_progress_bar(few_phantoms, capsys):
+def test_a_log_file_gets_one_line_per_epoch(few_phantoms, capsys):
+    """It gets no progress bar."""
     run("--per-class", "8", "--out", "run")
     out = capsys.readouterr().out
     assert len(re.findall(r"^epoch +\d/2 .*loss .* lr .* s(?:  best)?$", out, re.MULTILINE)) == 2

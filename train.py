@@ -386,7 +386,7 @@ RECIPES = {  # RECIPES[name][role]: flag -> value
     # Baseline and student have 20 labels. The student also has teacher logits for all 640 images.
     "demo": recipe(
         dict(data="phantoms", wrong_labels=0.2, clip=1.0, batch_size=16, lr_gamma=0.2),
-        teacher=dict(arch="inception_v3", size=112, epochs=8, lr=0.02, lr_step=5),
+        teacher=dict(arch="inception_v3", size=112, epochs=6, lr=0.02, lr_step=4),
         student=dict(arch="shufflenet_v2_x0_5", size=80, labels_per_class=10, epochs=20,
                      steps_per_epoch=20, lr=0.1, lr_step=14)),
     # The paper, arXiv 2406.08837: image sizes, decay, trainable part of the student. The rest was

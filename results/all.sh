@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Every table that two cores can make: bash results/all.sh, or some of them: bash results/all.sh small labels
 #
-# Parts: demo small labels ten draws cores findings costs. The parts paper, three and course take hours
+# Parts: demo small choices labels ten draws cores findings costs. The parts paper, three and course take hours
 # without a GPU and run only if they are named. Finished runs are not trained again, and killed runs resume.
-# All but demo, findings and costs need the X-rays in data/chest_xray; ten and draws also need the runs of
-# labels. WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's ImageNet weights cannot be fetched.
+# All but demo, findings and costs need the X-rays in data/chest_xray; ten, draws and choices also need the runs of
+# labels or small. WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's ImageNet weights cannot be fetched.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 xrays="--data data/chest_xray --weights ${WEIGHTS:-imagenet}"
@@ -26,21 +26,48 @@ demo() {
     runs/demo/student-T1-seed*
 }
 
-small() {  # ShuffleNetV2 x0.5, with random first weights, learns from InceptionV3
-  r=runs/small steps="--size 96 --batch-size 64 --steps-per-epoch 74 --epochs 8 --lr-step 3 --lr-gamma 0.3"
-  teacher=runs/labels/inception-seed0
-  python train.py --role teacher $inception --seed 0 --out $teacher
-  for s in 0 1; do
-    x="--data data/chest_xray --weights none --finetune all --arch shufflenet_v2_x0_5 $steps --seed $s"
+small() {  # small networks, with random first weights, learn from InceptionV3
+  r=runs/small
+  steps="--size 96 --batch-size 64 --steps-per-epoch 74 --lr-gamma 0.3"
+  small="--weights none --finetune all $steps --epochs 8 --lr-step 3"
+  for s in 0 1 2 3 4; do
+    t=runs/labels/inception-seed$s x="--data data/chest_xray $small --arch shufflenet_v2_x0_5 --seed $s"
     few="$x --lr 0.02 --labels-per-class 10" all="$x --lr 0.05"
+    python train.py --role teacher $inception --seed $s --out $t
     python train.py --role baseline $few --out $r/baseline-20-labels-seed$s
     python train.py --role student $few --teacher $r/baseline-20-labels-seed$s --out $r/self-20-labels-seed$s
-    python train.py --role student $few --teacher $teacher --out $r/student-20-labels-seed$s
+    python train.py --role student $few --teacher $t --out $r/student-20-labels-seed$s
     python train.py --role baseline $all --out $r/baseline-all-labels-seed$s
-    python train.py --role student $all --teacher $teacher --out $r/student-all-labels-seed$s
-    python train.py --role student $all --teacher $teacher --alpha 1 --out $r/student-alpha1-seed$s
+    python train.py --role student $all --teacher $t --out $r/student-all-labels-seed$s
+    python train.py --role student $all --teacher $t --alpha 1 --out $r/student-alpha1-seed$s
   done
-  python evaluate.py $r $teacher --json results/small.json
+  for s in 0 1 2; do
+    t=runs/labels/inception-seed$s x="--data data/chest_xray $small --seed $s"
+    x="$x --arch mobilenet_v3_small --lr 0.05" m=mobilenet_v3_small-seed$s
+    python train.py --role baseline $x --labels-per-class 10 --out $r/baseline-20-labels-$m
+    python train.py --role student $x --labels-per-class 10 --teacher $t --out $r/student-20-labels-$m
+    python train.py --role baseline $x --out $r/baseline-all-labels-$m
+    python train.py --role student $x --teacher $t --out $r/student-all-labels-$m
+  done
+  t=runs/labels/inception-seed0 x="--data data/chest_xray $small --arch shufflenet_v2_x0_5 --lr 0.05 --seed 0"
+  python train.py --role student $x --teacher $t --alpha 0.5 --out $r/student-alpha0.5-seed0
+  python train.py --role student $x --teacher $t --T 4 --out $r/student-T4-seed0
+  python evaluate.py $r/*seed* runs/labels/inception-seed* --json results/small.json
+  python figures/plots.py costs results/small.json figures/small.svg
+}
+
+choices() {  # other choices of the small student's 20 labels
+  r=runs/small t=runs/labels/inception-seed0
+  steps="--size 96 --batch-size 64 --steps-per-epoch 74 --lr-gamma 0.3 --epochs 8 --lr-step 3"
+  x="--weights none --finetune all --arch shufflenet_v2_x0_5 $steps --lr 0.02 --labels-per-class 10"
+  python results/draws.py data/chest_xray 1 2
+  for d in 1 2; do
+    drawn="--data data/draw-$d --val-fraction 0.9306 $x"
+    python train.py --role baseline $drawn --out $r/draws/baseline-$d
+    python train.py --role student $drawn --teacher $t --out $r/draws/student-$d
+    python train.py --role student $drawn --teacher $r/draws/baseline-$d --out $r/draws/self-$d
+  done
+  python evaluate.py $r/draws --json results/choices.json
 }
 
 labels() {
@@ -157,6 +184,10 @@ costs() {  # on a machine that does nothing else
     --json results/cost-networks.json
   python profile_gpu.py inception_v3 alexnet --batch-size 16 --steps 1 --rounds 5 \
     --json results/cost-inception_v3-alexnet.json
+  OMP_NUM_THREADS=1 python profile_gpu.py inception_v3 --size 128 --steps 1 --rounds 5 \
+    --json results/cost-small-teacher.json
+  OMP_NUM_THREADS=1 python profile_gpu.py mobilenet_v3_small shufflenet_v2_x0_5 --size 96 --steps 1 --rounds 5 \
+    --json results/cost-small-student.json
 }
 
-for part in ${@:-demo small labels ten draws cores findings costs}; do $part; done
+for part in ${@:-demo small choices labels ten draws cores findings costs}; do $part; done

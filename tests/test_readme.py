@@ -65,7 +65,7 @@ def miniatures(tmp_path, monkeypatch, few_phantoms, kermany, mura, nih, chexpert
     One small network has every name, because the commands are tested here and not the networks."""
     (tmp_path / "data").mkdir()
     kermany.rename(tmp_path / "data/chest_xray")
-    for name in ("images", "data/draw-0"):
+    for name in ("images", "data/draw-0", "data/draw-1"):
         shutil.copytree(tmp_path / "data/chest_xray", tmp_path / name)
     for name in ("image.jpeg", "image.png", "new-images/1.png", "new-images/2.png"):
         image_file(tmp_path / name)
@@ -233,12 +233,20 @@ def test_costs_are_those_of_their_files():
     assert f"{at_every_step / precomputed:.1f} times as long" in one_line(README)
 
 
-def test_speeds_of_the_small_student_and_its_teacher():
-    for name, arch in (("student", "shufflenet_v2_x0_5"), ("teacher", "inception_v3")):
-        inference = results(f"cost-small-{name}")["tables"]["inference"][arch]
-        speed, ms = f"{inference['images/s']:.0f}", f"{inference['median ms']:.0f} ms"
-        assert speed in one_line(README) and f"{speed} images per second" in one_line(RESULTS)
-        assert ms in one_line(RESULTS)
+def test_costs_of_the_small_students_and_their_teacher():
+    """Every figure of the table is that of a file. The README has the speeds of one student and of the teacher."""
+    speeds = []
+    for name, arch, file in (("InceptionV3", "inception_v3", "teacher"), ("MobileNetV3-Small", "mobilenet_v3_small",
+                             "student"), ("ShuffleNetV2 x0.5", "shufflenet_v2_x0_5", "student")):
+        size, timed = results("onnx-sizes")["networks"][arch], results(f"cost-small-{file}")["tables"]["inference"][arch]
+        row = next(cells for cells in table_rows(RESULTS) if cells[0].startswith(f"{name}, ") and len(cells) == 7)
+        speeds.append(f"{timed['images/s']:.0f}")
+        assert row[1:] == [f"{size['parameters'] / 1e6:.2f}", f"{size['weights in bytes'] / 1e6:.1f}",
+                           f"{size['ONNX file in bytes'] / 1e6:.1f}", f"{size['multiply_adds'] / 1e6:.1f}",
+                           f"{timed['median ms']:.0f}", speeds[-1]]
+    teacher, _, student = speeds
+    assert f"classifies {student} images per second on one core, and its teacher {teacher}" in one_line(README)
+    assert f"classifies {int(student) / int(teacher):.0f} times as many images" in one_line(RESULTS)
 
 
 def test_names_and_links_on_the_pages_exist():
@@ -260,7 +268,7 @@ def test_lengths_of_scripts_on_the_readme():
 
 def test_cells_of_the_results_stand_in_their_files():
     """Every cell of a table that follows a link to a file of results stands in that file's tables."""
-    files = "demo|findings|xrays|two-cores|labels|ten|draws|course|three-classes|small"
+    files = "demo|findings|xrays|two-cores|labels|ten|draws|course|three-classes|small|choices"
     _, *parts = re.split(rf"\]\(({files})\.json\)", RESULTS)
     assert set(parts[::2]) == set(files.split("|"))
     for name, text in zip(parts[::2], parts[1::2], strict=True):

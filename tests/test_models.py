@@ -99,6 +99,18 @@ def test_batchnorm_averages_follow_within_ten_steps(arch):
     assert len(layers) > 9 and {layer.momentum for layer in layers} == {0.1}
 
 
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_negative_logits_are_possible(arch):
+    """In torchvision's SqueezeNet, a ReLU follows the head: a logit below 0 becomes 0 and has no gradient."""
+    model = models.build(arch, 2, size=80).eval()
+    head = model.get_submodule(model.head_names[-1])
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.constant_(head.bias, -1.0)
+    logits, _ = models.forward(model, torch.randn(2, 3, 80, 80))
+    logits.sum().backward()
+    assert logits.allclose(torch.tensor(-1.0)) and head.bias.grad.allclose(torch.tensor(2.0))
+
+
 @pytest.mark.parametrize("arch, size, says", [
     ("squeezenet1_1", 16, "Output size is too small"), ("inception_v3", 74, "Calculated padded input size"),
 ])

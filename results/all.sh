@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Every table that two cores can make: bash results/all.sh, or some of them: bash results/all.sh small labels
 #
-# Parts: demo small choices labels ten draws cores findings costs. The parts paper, three and course take hours
-# without a GPU and run only if they are named. Finished runs are not trained again, and killed runs resume.
-# All but demo, findings and costs need the X-rays in data/chest_xray; ten, draws and choices also need the runs of
-# labels or small. WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's ImageNet weights cannot be fetched.
+# Parts: demo small squeezenet alphas patient choices labels ten draws cores findings costs. The parts paper, three
+# and course take hours without a GPU and run only if they are named. Finished runs are not trained again, and killed
+# runs resume. All but demo, findings and costs need the X-rays in data/chest_xray; ten, draws and choices also need
+# the runs of labels or small. WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's ImageNet weights cannot be fetched.
+# On a CPU with AVX512-BF16, PRECISION=bfloat16 makes the larger convolutional networks about twice as fast.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 xrays="--data data/chest_xray --weights ${WEIGHTS:-imagenet}"
 few="--steps-per-epoch 37 --epochs 5"  # 37 steps: an epoch of all labels at the recipe's batch
-inception="--data data/chest_xray --weights ${TEACHER_WEIGHTS:-imagenet} --size 128 --epochs 3"
+precision=${PRECISION:+--precision $PRECISION}
+inception="--data data/chest_xray --weights ${TEACHER_WEIGHTS:-imagenet} --size 128 --epochs 3 $precision"
 
 demo() {
   for s in 0 1 2 3 4; do
@@ -49,11 +51,58 @@ small() {  # small networks, with random first weights, learn from InceptionV3
     python train.py --role baseline $x --out $r/baseline-all-labels-$m
     python train.py --role student $x --teacher $t --out $r/student-all-labels-$m
   done
-  t=runs/labels/inception-seed0 x="--data data/chest_xray $small --arch shufflenet_v2_x0_5 --lr 0.05 --seed 0"
-  python train.py --role student $x --teacher $t --alpha 0.5 --out $r/student-alpha0.5-seed0
-  python train.py --role student $x --teacher $t --T 4 --out $r/student-T4-seed0
   python evaluate.py $r/*seed* runs/labels/inception-seed* --json results/small.json
   python figures/plots.py costs results/small.json figures/small.svg
+}
+
+squeezenet() {  # a third small network
+  r=runs/squeezenet
+  x="--data data/chest_xray --arch squeezenet1_1 --weights none --finetune all --size 96 --batch-size 64"
+  x="$x --epochs 8 --steps-per-epoch 74 --lr 0.02 --lr-step 3 --lr-gamma 0.3 --clip 1 $precision"
+  for s in 0 1 2; do
+    t=runs/labels/inception-seed$s few="$x --seed $s --labels-per-class 10"
+    python train.py --role teacher $inception --seed $s --out $t
+    python train.py --role baseline $few --out $r/baseline-20-labels-seed$s
+    python train.py --role student $few --teacher $r/baseline-20-labels-seed$s --out $r/self-20-labels-seed$s
+    python train.py --role student $few --teacher $t --out $r/student-20-labels-seed$s
+    python train.py --role baseline $x --seed $s --out $r/baseline-all-labels-seed$s
+    python train.py --role student $x --seed $s --teacher $t --out $r/student-all-labels-seed$s
+  done
+  python evaluate.py $r runs/labels/inception-seed[012] --json results/squeezenet.json
+}
+
+alphas() {  # ShuffleNetV2 with all labels: how much weight for the teacher, and which temperature
+  r=runs/alphas
+  x="--data data/chest_xray --arch shufflenet_v2_x0_5 --weights none --finetune all --size 96 --batch-size 64"
+  x="$x --epochs 8 --steps-per-epoch 74 --lr 0.05 --lr-step 3 --lr-gamma 0.3"
+  for s in 0 1 2; do
+    t=runs/labels/inception-seed$s
+    python train.py --role teacher $inception --seed $s --out $t
+    python train.py --role baseline $x --seed $s --out $r/baseline-seed$s
+    for a in 0.5 0.9 1; do
+      python train.py --role student $x --seed $s --teacher $t --alpha $a --out $r/alpha$a-seed$s
+    done
+    python train.py --role student $x --seed $s --teacher $t --T 4 --out $r/T4-seed$s
+  done
+  python evaluate.py $r runs/labels/inception-seed[012] --json results/alphas.json
+}
+
+patient() {  # Beyer et al.: student and teacher see the same augmented image, and training takes long
+  r=runs/patient
+  x="--data data/chest_xray --arch shufflenet_v2_x0_5 --weights none --finetune all --size 96 --batch-size 64"
+  x="$x --steps-per-epoch 37 --lr 0.02 --lr-gamma 0.3 --labels-per-class 10 $precision"
+  for s in 0 1 2; do
+    t=runs/labels/inception-seed$s
+    python train.py --role teacher $inception --seed $s --out $t
+    for e in 8 40; do
+      length="--epochs $e --lr-step $((e * 3 / 8)) --seed $s"
+      python train.py --role baseline $x $length --out $r/baseline-$e-seed$s
+      python train.py --role baseline $x $length --augment --out $r/augmented-baseline-$e-seed$s
+      python train.py --role student $x $length --teacher $t --out $r/precomputed-$e-seed$s
+      python train.py --role student $x $length --teacher $t --augment --out $r/consistent-$e-seed$s
+    done
+  done
+  python evaluate.py $r runs/labels/inception-seed[012] --json results/patient.json
 }
 
 choices() {  # other choices of the small student's 20 labels
@@ -190,4 +239,4 @@ costs() {  # on a machine that does nothing else
     --json results/cost-small-student.json
 }
 
-for part in ${@:-demo small choices labels ten draws cores findings costs}; do $part; done
+for part in ${@:-demo small squeezenet alphas patient choices labels ten draws cores findings costs}; do $part; done

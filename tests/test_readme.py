@@ -208,7 +208,7 @@ def test_the_bars_of_the_figure_are_softened_probabilities():
 def table_rows(page):
     for line in page.splitlines():
         if line.startswith("| ") and line.count("|") > 2:
-            yield [cell.strip() for cell in line.strip("| ").split(" | ")]
+            yield [cell.strip() for cell in line.strip()[1:-1].split("|")]
 
 
 def test_costs_are_those_of_their_files():
@@ -266,19 +266,88 @@ def test_lengths_of_scripts_on_the_readme():
         assert int(n) == pytest.approx(len((ROOT / name).read_text().splitlines()), abs=10), name
 
 
+def linked_tables():
+    """Yield the name of a file of results, its content, and a table of the results page that follows a link to it."""
+    links = re.split(r"\]\(([\w-]+)\.json\)", RESULTS)
+    for name, text in zip(links[1::2], links[2::2], strict=True):
+        content, rows = results(name), list(table_rows(text.split("\n## ")[0].split("\n[")[0]))
+        if rows and "runs" in content:
+            yield name, content, rows
+
+
 def test_cells_of_the_results_stand_in_their_files():
     """Every cell of a table that follows a link to a file of results stands in that file's tables."""
-    files = "demo|findings|xrays|two-cores|labels|ten|draws|course|three-classes|small|choices"
-    _, *parts = re.split(rf"\]\(({files})\.json\)", RESULTS)
-    assert set(parts[::2]) == set(files.split("|"))
-    for name, text in zip(parts[::2], parts[1::2], strict=True):
-        measured = one_line(" ".join(results(name)["tables"]))
-        rows = list(table_rows(text.split("\n## ")[0]))
+    files = set()
+    for name, content, rows in linked_tables():
+        files.add(name)
+        measured = one_line(" ".join(content["tables"]))
         assert len(rows) > 2
         for cell in chain.from_iterable(row[1:] for row in rows[1:]):
-            for part in cell.strip("| ").split(" / "):
+            for part in cell.split(" / "):
                 # A bracket of two figures is an interval. Figures in parentheses are the paper's.
                 assert re.sub(r" \[.*| ± .*| \(.*", "", part) in measured, (name, cell)
+    with_runs = {path.stem for path in (ROOT / "results").glob("*.json") if "runs" in results(path.stem)}
+    assert files == with_runs - {"temperatures-h100"}  # a sentence has its figures
+
+
+def networks(content):
+    """Return title -> metric -> mean and sd over seeds, and the interval where the file has it."""
+    found, groups = {row["title"]: row["figures"] for row in content.get("rows", [])}, {}
+    for path, run in content["runs"].items():
+        groups.setdefault(re.sub(r"-seed\d+$", "", path.split("/")[-1]), []).append(run["test"])
+    for title, runs in groups.items():
+        if title not in found and not content.get("rows"):
+            values = {metric: torch.tensor([run[metric] for run in runs], dtype=torch.float64) for metric in runs[0]
+                      if isinstance(runs[0][metric], float)}
+            found[title] = {metric: {"mean": x.mean().item(), "sd": x.std().item() if len(x) > 1 else None}
+                            for metric, x in values.items()}
+    return found
+
+
+def fits(cell, figure, sign=""):
+    """Return whether a cell such as "92.0 ± 1.0 [90.1 93.5]", or a part of it, shows this figure."""
+    text = f"{100 * figure['mean']:{sign}.1f}"
+    text += f" ± {100 * figure['sd']:.1f}" if figure["sd"] is not None else ""
+    cell = re.sub(r" \(.*", "", cell)
+    if "low" not in figure:
+        cell = cell.split(" [")[0]
+    if "[" in cell:
+        text += f" [{100 * figure['low']:{sign}.1f} {100 * figure['high']:{sign}.1f}]"
+    return cell == text
+
+
+COLUMNS = {"AUC": "auc", "accuracy": "accuracy", "accuracy (paper)": "accuracy", "ECE": "ece", "specificity": "specificity"}
+
+
+def test_a_row_of_the_results_is_one_row_of_its_file():
+    """All cells of a row, with their intervals, belong to one network, and the gain is a gain of that network."""
+    n = 0
+    for name, content, ((_, *header), *rows) in linked_tables():
+        gains = {gain["title"]: gain["figures"] for gain in content.get("gains", [])}
+        for title, *cells in rows:
+            found = gains if title.startswith("gain") else networks(content)
+            found = {k: v | {"gain": gains.get(k, {}).get("auc")} for k, v in found.items()}
+            filled = [(column, cell) for column, cell in zip(header, cells, strict=False) if cell]
+            for column, cell in filled:
+                if column in COLUMNS and title != "always PNEUMONIA":
+                    sign = "+" if title.startswith("gain") else ""
+                    found = {k: v for k, v in found.items() if fits(cell, v[COLUMNS[column]], sign)}
+                elif column == "gain in AUC":
+                    found = {k: v for k, v in found.items() if v["gain"] and fits(cell, v["gain"], "+")}
+                n += 1
+            assert found, (name, title)
+    assert n > 100
+
+
+@pytest.mark.parametrize("name", ["labels", "draws", "choices"])
+def test_a_gain_stands_beside_its_student(name):
+    """In tables of gains, the cells are those of one baseline, and of a student with its gain over this baseline."""
+    content, rows = results(name), next(rows for n, _, rows in linked_tables() if n == name)
+    auc = {title: figures["auc"] for title, figures in networks(content).items()}
+    for title, baseline, *pairs in rows[1:]:
+        for student, gain in zip(pairs[::2], pairs[1::2], strict=True):
+            assert any(fits(baseline, auc[g["minus"]]) and fits(student, auc[g["title"]])
+                       and fits(gain, g["figures"]["auc"], "+") for g in content["gains"]), (name, title, student)
 
 
 def over_runs(result, metric, run, minus=None, n=5):
@@ -316,6 +385,18 @@ def measured_spreads():
                     yield f"{abs(100 * figure['mean']):.1f} ± {100 * figure['sd']:.1f}"
     yield from (plus_minus(over_runs(*gain)) for gain in GAINS)
     yield from (plus_minus(over_runs("draws", "auc", f"draws/{way}-")) for way in ("alone", "taught", "self"))
+
+
+def test_every_interval_on_the_results_page_is_measured():
+    measured = set()
+    for path in sorted(ROOT.glob("results/*.json")):
+        content = json.loads(path.read_text())
+        measured.update(re.findall(r"\[[^][ ]+ [^][ ]+\]", " ".join(content.get("tables", []))))
+        for sign, rows in (("", content.get("rows", [])), ("+", content.get("gains", []))):
+            measured.update(f"[{100 * figure['low']:{sign}.1f} {100 * figure['high']:{sign}.1f}]"
+                            for row in rows for figure in row["figures"].values() if figure["low"] is not None)
+    found = re.findall(r"\[[+-]?\d+\.\d [+-]?\d+\.\d\]", one_line(RESULTS))
+    assert len(found) > 40 and not set(found) - measured
 
 
 @pytest.mark.parametrize("page", PAGES)

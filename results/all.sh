@@ -3,9 +3,9 @@
 #
 # Parts: demo small squeezenet alphas patient choices labels ten draws cores findings costs. The parts paper, three
 # and course take hours without a GPU and run only if they are named. Finished runs are not trained again, and killed
-# runs resume. All but demo, findings and costs need the X-rays in data/chest_xray; ten, draws and choices also need
-# the runs of labels or small. WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's ImageNet weights cannot be fetched.
-# On a CPU with AVX512-BF16, PRECISION=bfloat16 makes the larger convolutional networks about twice as fast.
+# runs resume. All but demo, findings and costs need the X-rays in data/chest_xray. The parts ten, draws and choices
+# also need the runs of labels or small. WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's ImageNet weights
+# cannot be fetched. On a CPU with AVX512-BF16, PRECISION=bfloat16 makes the larger convolutional networks faster.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 xrays="--data data/chest_xray --weights ${WEIGHTS:-imagenet}"
@@ -34,11 +34,11 @@ small() {  # small networks, with random first weights, learn from InceptionV3
   small="--weights none --finetune all $steps --epochs 8 --lr-step 3"
   for s in 0 1 2 3 4; do
     t=runs/labels/inception-seed$s x="--data data/chest_xray $small --arch shufflenet_v2_x0_5 --seed $s"
-    few="$x --lr 0.02 --labels-per-class 10" all="$x --lr 0.05"
+    twenty="$x --lr 0.02 --labels-per-class 10" all="$x --lr 0.05"
     python train.py --role teacher $inception --seed $s --out $t
-    python train.py --role baseline $few --out $r/baseline-20-labels-seed$s
-    python train.py --role student $few --teacher $r/baseline-20-labels-seed$s --out $r/self-20-labels-seed$s
-    python train.py --role student $few --teacher $t --out $r/student-20-labels-seed$s
+    python train.py --role baseline $twenty --out $r/baseline-20-labels-seed$s
+    python train.py --role student $twenty --teacher $r/baseline-20-labels-seed$s --out $r/self-20-labels-seed$s
+    python train.py --role student $twenty --teacher $t --out $r/student-20-labels-seed$s
     python train.py --role baseline $all --out $r/baseline-all-labels-seed$s
     python train.py --role student $all --teacher $t --out $r/student-all-labels-seed$s
     python train.py --role student $all --teacher $t --alpha 1 --out $r/student-alpha1-seed$s
@@ -58,13 +58,13 @@ small() {  # small networks, with random first weights, learn from InceptionV3
 squeezenet() {  # a third small network
   r=runs/squeezenet
   x="--data data/chest_xray --arch squeezenet1_1 --weights none --finetune all --size 96 --batch-size 64"
-  x="$x --epochs 8 --steps-per-epoch 74 --lr 0.02 --lr-step 3 --lr-gamma 0.3 --clip 1 $precision"
+  x="$x --epochs 8 --steps-per-epoch 74 --lr 0.05 --lr-step 3 --lr-gamma 0.3 --clip 1 $precision"
   for s in 0 1 2; do
-    t=runs/labels/inception-seed$s few="$x --seed $s --labels-per-class 10"
+    t=runs/labels/inception-seed$s twenty="$x --seed $s --labels-per-class 10"
     python train.py --role teacher $inception --seed $s --out $t
-    python train.py --role baseline $few --out $r/baseline-20-labels-seed$s
-    python train.py --role student $few --teacher $r/baseline-20-labels-seed$s --out $r/self-20-labels-seed$s
-    python train.py --role student $few --teacher $t --out $r/student-20-labels-seed$s
+    python train.py --role baseline $twenty --out $r/baseline-20-labels-seed$s
+    python train.py --role student $twenty --teacher $r/baseline-20-labels-seed$s --out $r/self-20-labels-seed$s
+    python train.py --role student $twenty --teacher $t --out $r/student-20-labels-seed$s
     python train.py --role baseline $x --seed $s --out $r/baseline-all-labels-seed$s
     python train.py --role student $x --seed $s --teacher $t --out $r/student-all-labels-seed$s
   done

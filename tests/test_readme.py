@@ -49,12 +49,13 @@ def results(name):
     return json.loads((ROOT / f"results/{name}.json").read_text())
 
 
-def commands(page):
-    """Yield every command of a page, with variables expanded by the shell, and the first turn of each loop."""
+def commands(page, parts=None):
+    """Yield every command of a page, with variables expanded by the shell, and the first turn of each loop.
+    parts: of all.sh, by default all of them in one shell."""
     for block in [page] if page.startswith("#!") else blocks(page, "bash", "sh"):
         block = re.sub(r"for (\w) in (\S+)[^;\n]*;", r"for \1 in \2;", block)
         block = re.sub(r"python3 -m venv.*?requirements.txt|pip install.*", "", block.replace("\\\n", " "))
-        parts = re.findall(r"^(\w+)\(\) {", block, re.MULTILINE)  # of all.sh: every one, by name
+        parts = parts or re.findall(r"^(\w+)\(\) {", block, re.MULTILINE)
         told = subprocess.run(["bash", "-ec", ECHO + block, "", *parts], capture_output=True, text=True, check=True)
         yield from (shlex.split(line) for line in told.stdout.splitlines())
 
@@ -140,6 +141,13 @@ def test_every_command_of_the_readme_runs(miniatures):
 @pytest.mark.parametrize("page, n", [(RESULTS, 7), (ALL, 50)], ids=["page", "all.sh"])
 def test_every_command_of_the_results_runs(miniatures, page, n):
     assert len(list(typed(page))) >= n
+
+
+def test_parts_of_all_sh_do_not_change_each_other():
+    """They share a shell, so a part could overwrite a variable that a later part reads."""
+    parts = re.findall(r"^(\w+)\(\) {", ALL, re.MULTILINE)
+    assert len(parts) > 9
+    assert [*commands(ALL)] == [command for part in parts for command in commands(ALL, [part])]
 
 
 def test_a_draw_labels_ten_others_per_class(tmp_path, capsys):

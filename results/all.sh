@@ -235,8 +235,8 @@ costs() {  # on a machine that does nothing else
     --json results/cost-inception_v3-alexnet.json
   OMP_NUM_THREADS=1 python profile_gpu.py inception_v3 --size 128 --steps 1 --rounds 5 \
     --json results/cost-small-teacher.json
-  OMP_NUM_THREADS=1 python profile_gpu.py mobilenet_v3_small shufflenet_v2_x0_5 --size 96 --steps 1 --rounds 5 \
-    --json results/cost-small-student.json
+  OMP_NUM_THREADS=1 python profile_gpu.py mobilenet_v3_small squeezenet1_1 shufflenet_v2_x0_5 --size 96 --steps 1 \
+    --rounds 5 --json results/cost-small-student.json
 }
 
 for part in ${@:-demo small squeezenet alphas patient choices labels ten draws cores findings costs}; do $part; done

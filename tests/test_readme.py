@@ -245,16 +245,17 @@ def test_costs_of_the_small_students_and_their_teacher():
     """Every figure of the table is that of a file. The README has the speeds of one student and of the teacher."""
     speeds = []
     for name, arch, file in (("InceptionV3", "inception_v3", "teacher"), ("MobileNetV3-Small", "mobilenet_v3_small",
-                             "student"), ("ShuffleNetV2 x0.5", "shufflenet_v2_x0_5", "student")):
+                             "student"), ("SqueezeNet 1.1", "squeezenet1_1", "student"),
+                             ("ShuffleNetV2 x0.5", "shufflenet_v2_x0_5", "student")):
         size, timed = results("onnx-sizes")["networks"][arch], results(f"cost-small-{file}")["tables"]["inference"][arch]
         row = next(cells for cells in table_rows(RESULTS) if cells[0].startswith(f"{name}, ") and len(cells) == 7)
-        speeds.append(f"{timed['images/s']:.0f}")
+        speeds.append(f"{timed['images/s']:,.0f}")
         assert row[1:] == [f"{size['parameters'] / 1e6:.2f}", f"{size['weights in bytes'] / 1e6:.1f}",
                            f"{size['ONNX file in bytes'] / 1e6:.1f}", f"{size['multiply_adds'] / 1e6:.1f}",
-                           f"{timed['median ms']:.0f}", speeds[-1]]
-    teacher, _, student = speeds
+                           f"{timed['median ms']:.1f}", speeds[-1]]
+    teacher, *_, student = speeds
     assert f"classifies {student} images per second on one core, and its teacher {teacher}" in one_line(README)
-    assert f"classifies {int(student) / int(teacher):.0f} times as many images" in one_line(RESULTS)
+    assert f"classifies {int(student.replace(',', '')) / int(teacher):.0f} times as many images" in one_line(RESULTS)
 
 
 def test_names_and_links_on_the_pages_exist():

@@ -11,7 +11,7 @@ a temperature T > 1 before softmax makes the probabilities more even ("softer").
     loss = (1 - alpha) hard + alpha soft     alpha = 0: labels only; alpha = 1: teacher only
 
 Shapes: B images. An image has exactly one of C classes (softmax), or any number of K findings
-(sigmoid). A name in an equation is the same name in the code; `log_q` is the logarithm of q.
+(sigmoid). The code has the names of the equations, and `log_q` is the logarithm of q.
 """
 
 import math
@@ -22,15 +22,16 @@ import torch.nn.functional as F
 MIN_T, MAX_T = 0.001, 1000  # at T = 1000, gradients in float32 are accurate to 0.04 %
 
 def distillation_loss(student_logits, teacher_logits, labels, T, alpha, label_smoothing=0.0):
-    """Return total = (1 - alpha) hard + alpha soft, and both parts, so that they can be watched.
+    """Return loss = (1 - alpha) hard + alpha soft, and both parts, so that they can be watched.
 
     student_logits: (B, C) or (B, K), before any softmax or sigmoid.
-    teacher_logits: the teacher's for the same images, or None: then total is the label loss alone.
+    teacher_logits: the teacher's for the same images, or None. Then the loss is the hard loss.
     labels: (B,) class indices, or (B, K) floats, 0 or 1 per finding.
 
     Both parts are means over images, or over images and findings. An unlabelled image (-1 or NaN)
     adds nothing to the hard loss but still counts in the average. This way the mean over two
-    processes equals the loss of one process on the whole batch."""
+    processes equals the loss of one process on the whole batch. (data.load_as leaves unlabelled
+    images out if no teacher's logits are used.)"""
     check_settings(T, alpha)
     logits = at_least_float32(student_logits)
     if labels.dim() == 1:
@@ -55,11 +56,11 @@ def kd_loss(student_logits, teacher_logits, T):
 
     - The mean runs over images, not over images and classes ("batchmean" in F.kl_div). "mean", the
       default of F.kl_div, makes the loss C times smaller, and alpha then means something else.
-    - The gradient is T (q - p) / B. Softening shrinks it by 1/T^2, and the factor T^2 undoes that.
+    - The gradient is T (q - p) / B. Without the factor T^2, it would shrink as 1/T^2 for large T.
       As T grows, the gradient tends to the difference of the centred logits divided by C B, as in
-      a regression of logits. If student and teacher differ much, it is so large that a student
+      a regression of logits. If student and teacher are far apart, it is so large that a student
       can diverge unless gradients are clipped.
-    - Both sides stay logarithms until the product. Equal logits give exactly 0, and a probability
+    - p and q stay logarithms until the product. Equal logits give exactly 0, and a probability
       that underflows gives 0 * finite instead of NaN.
     - The trap: softmax of a single logit is always 1, so the loss would be 0 and train nothing. A
       network with one logit, or with several findings at once, needs binary_kd_loss."""
@@ -78,8 +79,8 @@ def binary_kd_loss(student_logits, teacher_logits, T):
         loss = T^2 * mean of  p (log p - log q) + (1 - p) (log (1 - p) - log (1 - q))
 
     The mean runs over images and findings. The trap: kd_loss accepts such logits too, but softmax
-    does not change when all findings are shifted alike. A student that gives every finding twice
-    the odds would look perfect."""
+    does not change when all findings are shifted alike. A student that doubles the teacher's odds
+    of every finding would look perfect."""
     check_logits(student_logits, teacher_logits, T)
     z_student = at_least_float32(student_logits) / T  # (B, K)
     z_teacher = at_least_float32(teacher_logits.detach()) / T
@@ -88,9 +89,9 @@ def binary_kd_loss(student_logits, teacher_logits, T):
     kl = log_p.exp() * (log_p - log_q) + log_not_p.exp() * (log_not_p - log_not_q)  # (B, K)
     return T**2 * kl.mean()
 
-def mean_teacher(logits, T, multilabel=False):
-    """Combine several teachers, logits a list of (B, C), into p, the mean of their softened p. The
-    result T log p (findings: T logit p) has the property that softening it by T gives p again."""
+def mix_teachers(logits, T, multilabel=False):
+    """Combine a list of teachers' logits, each (B, C), into logits whose softened p is the mean of
+    the teachers' softened p. For classes these are T log p, and for findings T logit p."""
     if len(logits) == 1:
         return logits[0]
     z = torch.stack([at_least_float32(one) for one in logits]) / T  # (teachers, B, C)
@@ -111,5 +112,5 @@ def check_logits(student_logits, teacher_logits, T):
                          f"{tuple(student_logits.shape)}, teacher {tuple(teacher_logits.shape)}")
 
 def at_least_float32(logits):
-    """Convert bfloat16 logits, which have 8 significant bits, before they are softened."""
+    """Convert bfloat16 logits, which have 8 significant bits, to float32 before softening."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

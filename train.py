@@ -9,7 +9,7 @@ A run is a folder, runs/RECIPE/NAME, with history.csv and best.pt. best.pt holds
 best epoch (is_best). Until the run ends, it also holds the latest weights and the optimiser, from
 which a repeated command resumes. A recipe is a set of defaults. Add --help to see them.
 
-train() comes first. The functions that it calls follow in the order of the calls.
+train() comes first. The functions that it calls follow, grouped by topic.
 """
 
 import argparse
@@ -30,23 +30,23 @@ import models
 from data import Help, UserError, cli, existing_folder, explain, fingerprint, load_as, progress
 from evaluate import (SEEDS, compared, differences, mean, metrics, origin, predict, usable_device,
                       write_csv)
-from kd import check_settings, distillation_loss, mean_teacher
+from kd import check_settings, distillation_loss, mix_teachers
 from models import forward
 
-SAVE_SECONDS = 20  # the least time between two saves, because AlexNet writes 0.7 GB each time
+SAVE_SECONDS = 20  # an epoch that ends sooner after a save waits: AlexNet writes 0.7 GB each time
 
 # ---- a run, from its images to its last epoch ----------------------------------------------------
 # What is random? `seed` decides the first weights. `seed` and the epoch's number decide the order
 # of the images, their augmentation and dropout (dropout also by process). The rest is not random:
 # validation patients, --per-class, --labels-per-class and --wrong-labels follow from hashes of
-# names, for every seed. The phantoms are drawn with fixed seeds.
+# names. Phantoms and their wrong labels come from fixed seeds. All are the same for every seed.
 #
-# What does a kill cost? Every epoch is seeded anew, so a run can resume after any saved epoch. The
-# last epoch is saved, and each that ends 20 seconds or more after a save. The epochs since then are
-# lost. The repeated command computes them again, with the same bits on a CPU.
+# What does a kill cost? Every epoch is seeded anew, so a run can resume after any saved epoch. An
+# epoch is saved if it is the final one or 20 seconds have passed since a save. A kill loses the
+# unsaved epochs. The repeated command computes them again, with the same bits on a CPU.
 #
 # Several processes (torchrun) all hold the same images and weights, and draw the same order and
-# augmentation. Of each batch, a process takes its own share of rows (paired_batches). In backward,
+# augmentation. Each process takes its share of every batch (paired_batches). In backward,
 # DistributedDataParallel averages the gradients, so that all processes take the same step. Process
 # 0 alone prints and writes. It decodes and precomputes before the others start, and its validation
 # logits decide for all.
@@ -66,7 +66,7 @@ def train(args):
     inputs = input_source(args, model, trainable, data.train, device, args.augment)
     val_inputs = input_source(args, model, trainable, data.val, device)
 
-    # 3. The teachers' logits, and what best.pt keeps beside the weights.
+    # 3. The teachers' logits, and what best.pt keeps with the weights.
     teacher, teachers = load_teachers(args, data, device)
     facts = run_facts(args, data, model, teachers)
     if world > 1 and not rank:  # process 0 has filled the caches, so the others may start
@@ -102,7 +102,7 @@ def train(args):
     print(f"{args.out} is finished, epoch {len(history)}: python evaluate.py {args.out}")
 
 def processes():
-    """Return rank and world: the number of this process among torchrun's, or 0 of 1."""
+    """Return this process's rank and the number of processes, without torchrun 0 and 1."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 # ---- the network and what it reads ---------------------------------------------------------------
@@ -132,9 +132,9 @@ def make_optimizer(args, parameters):
 def input_source(args, model, trainable, split, device, augment=False):
     """Return a source of what the trainable part reads: a function from rows to a tensor.
 
-    If the whole model is trained, these are images. Otherwise they are features, the outputs of the
-    frozen part. Without --augment they are the same in every epoch, so they are computed once. An
-    epoch of the recipe pneumonia's student then takes a ninth of the time."""
+    If the whole model is trained, it reads images. Otherwise the trainable part reads features,
+    the outputs of the frozen part. Without --augment, features are the same in every epoch, so they
+    are computed once, and an epoch of the recipe pneumonia's student takes a ninth of the time."""
     if trainable is model:
         return models.from_images(split.images, device)
     body = partial(models.features, model, trainable)
@@ -143,7 +143,7 @@ def input_source(args, model, trainable, split, device, augment=False):
     return models.precompute(  # in float16, because VGG16 has 25,088 features per image
         models.from_images(split.images, device, body), len(split.ids), device, torch.float16,
         Path(args.cache, f"features-{args.arch}"), split.key, args.finetune,
-        args.input, model.facts["first_weights"])  # a hash of the file with the frozen weights
+        args.input, model.facts["first_weights"])  # a hash of the loaded weights
 
 # ---- the teachers --------------------------------------------------------------------------------
 def load_teachers(args, data, device):
@@ -152,7 +152,7 @@ def load_teachers(args, data, device):
     A teacher sees the same images in the same order, at its own size, so that row i of its logits
     belongs to image i. Without --augment, its logits depend on neither epoch nor T nor seed: they
     are computed once, in float32. With --augment, the teacher is run at every step, on images that
-    are moved as the student's are. Several teachers are averaged. A teacher that was trained on
+    are augmented as the student's are. Several teachers are averaged. A teacher that was trained on
     the student's validation or test patients is refused, because its logits would leak their
     labels into training."""
     sources, teachers = [], []
@@ -184,7 +184,7 @@ def load_teachers(args, data, device):
 
     def mean_logits(rows, affines=None):
         logits = [source(rows, affines) for source in sources]  # each (B, C)
-        return mean_teacher(logits, args.T, data.multilabel)
+        return mix_teachers(logits, args.T, data.multilabel)
 
     return mean_logits, teachers
 
@@ -192,11 +192,11 @@ def teacher_logits(teacher, images):
     return forward(teacher, images)[0]
 
 def run_facts(args, data, model, teachers):
-    """Return what best.pt keeps beside weights and epochs. `config` is one flat dict of everything
-    that decides the result: flags, and hashes of what the paths among them stand for."""
+    """Return what best.pt keeps with weights and epochs. `config` is one flat dict of everything
+    that decides the result: flags, and hashes of the contents of their paths."""
     config = {
         **vars(args), **data.fingerprints, "first_weights": model.facts["first_weights"],
-        "epoch_length": args.steps_per_epoch or len(data.train.ids),  # a gain needs equal steps
+        "epoch_length": args.steps_per_epoch or len(data.train.ids),  # a gain compares equal steps
         "processes": processes()[1],
         "taught_by": [t["arch"] + models.state_of(t) for t in teachers],
         "teacher_weights": [t["weights_hash"] for t in teachers],
@@ -278,7 +278,7 @@ def train_one_epoch(model, batches, optimizer, T=1.0, alpha=0.9, label_smoothing
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss} in {title} at learning rate "
                         f"{optimizer.param_groups[0]['lr']:.2g}. Lower --lr, or set --clip 1")
-    # With few labels this would jump between 0 and 100 %, so below one half it is left out (NaN).
+    # With few labels it would jump between 0 and 100 %. Below half a label per batch it is NaN.
     accuracy = right / labelled if labelled >= 0.5 else math.nan
     return {"loss": loss, "hard": hard, "soft": soft, "train_accuracy": accuracy}
 
@@ -298,13 +298,13 @@ def validate(trainable, inputs, data, device):
 
 def is_best(history, multilabel):
     """Return whether the last epoch has the best validation accuracy so far (for findings, the best
-    mean AUC). The validation loss decides ties, and where there is no AUC."""
+    mean AUC). The validation loss breaks ties and stands in for a missing AUC."""
     score = "val_auc" if multilabel else "val_accuracy"
     quality = [(0 if math.isnan(row[score]) else row[score], -row["val_loss"]) for row in history]
     return all(quality[-1] > earlier for earlier in quality[:-1])
 
 def ended(args, history):
-    """Return whether the last epoch is done, or the validation accuracy has passed --stop-at."""
+    """Return whether all epochs are done, or the validation accuracy has passed --stop-at."""
     stop_at = math.inf if args.stop_at is None else args.stop_at
     return len(history) >= args.epochs or bool(history) and history[-1]["val_accuracy"] > stop_at
 
@@ -312,7 +312,7 @@ def ended(args, history):
 def save_run(args, model, optimizer, history, best, facts, saved_epoch):
     """Write best.pt in one atomic step, then history.csv, which repeats a part of it as text.
     best: a copy of the model, its epoch and its validation metrics."""
-    if processes()[0]:  # process 0 writes
+    if processes()[0]:  # only process 0 writes
         return
     best_model, epoch, validation = best
     out, last = Path(args.out), None
@@ -327,10 +327,10 @@ def save_run(args, model, optimizer, history, best, facts, saved_epoch):
     write_csv(out / "history.csv", history[0], (row.values() for row in history))
 
 def resume(args, config, model, optimizer):
-    """Return the history and the best epoch so far, and restore weights and optimiser."""
+    """Restore weights and optimiser. Return the history, and `best` as save_run takes it."""
     path, history, best = Path(args.out) / "best.pt", [], None
-    for part in path.parent.glob(".*.part"):  # of a process that was killed while it wrote
-        part.unlink(missing_ok=True)
+    for part in path.parent.glob(".*.part") if not processes()[0] else []:
+        part.unlink(missing_ok=True)  # of a process that was killed while it wrote
     if path.exists():
         best_model, facts = models.load_run(path)
         changed = [f"{name} {old} (now {new})" if len(f"{old}{new}") < 30 else f"other {name}"
@@ -352,7 +352,7 @@ def resume(args, config, model, optimizer):
             write_csv(path.with_name("history.csv"), history[0], rows)
         here, there = origin(args.device)["commit"], facts["provenance"]["commit"]
         if last is not None and here != there:
-            print(f"resuming with the code of commit {here}, the run was begun with {there}")
+            print(f"resuming a run of commit {there} with the code of commit {here}")
     if dist.is_initialized():
         found = [None] * processes()[1]
         dist.all_gather_object(found, len(history))
@@ -427,12 +427,12 @@ def get_args(argv=None):
                                 formatter_class=Help, allow_abbrev=False)
     add = p.add_argument_group("network").add_argument
     add("--role", required=True, choices=RECIPES["demo"], help="what to train")
-    add("--recipe", choices=RECIPES, help="without, the one that suits --data")
+    add("--recipe", choices=RECIPES, help="by default the one that suits --data")
     add("--arch", default="alexnet", help="a classifier of torchvision, or of models.NETWORKS")
     add("--weights", default="none", help="first weights: none (random), imagenet, or a FILE")
     add("--finetune", default="all", choices=["all", "fc", "head"],
         help="trainable part: all layers, the fully connected ones, or the new last one")
-    add("--out", help="the run folder; without, runs/RECIPE/NAME")
+    add("--out", help="the run folder, by default runs/RECIPE/NAME")
     add = p.add_argument_group("images and labels").add_argument
     add("--data", default="phantoms", help="a folder, or built-in images: phantoms, findings")
     add("--size", type=int, default=224, help="side of the images in pixels")
@@ -445,7 +445,7 @@ def get_args(argv=None):
         help="what networks read: the image, or its noise residuals")
     add("--augment", action="store_true", help="rotate, zoom and shift, anew in every batch")
     add = p.add_argument_group("distillation").add_argument
-    add("--teacher", nargs="+", metavar="RUN", help="run folders; without, runs/RECIPE/teacher")
+    add("--teacher", nargs="+", metavar="RUN", help="run folders, by default runs/RECIPE/teacher")
     add("--T", type=float, default=1.0, help="temperature: higher is softer")
     add("--alpha", type=float, default=0.9, help="0 = labels only, 1 = teacher only")
     add = p.add_argument_group("optimisation").add_argument
@@ -458,7 +458,7 @@ def get_args(argv=None):
     add("--lr-gamma", type=float, default=0.9, help="factor of the learning rate at a decay")
     add("--momentum", type=float, default=0.9, help="of SGD")
     add("--weight-decay", type=float, default=0.0, help="pulls weights towards zero")
-    add("--clip", type=float, default=0.0, help="largest gradient norm; 0 does not clip")
+    add("--clip", type=float, default=0.0, help="largest gradient norm, 0 for none")
     add("--label-smoothing", type=float, default=0.0, help="share of a label given to all classes")
     add("--stop-at", type=float, metavar="ACCURACY",
         help="make a weak teacher: end once validation accuracy is above this, 0 to 1")
@@ -467,7 +467,7 @@ def get_args(argv=None):
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda or cuda:N")
     add("--precision", choices=["float32", "bfloat16"],
-        help="without, bfloat16 on a GPU and float32 on a CPU")
+        help="by default bfloat16 on a GPU and float32 on a CPU")
     add("--cache", default="cache", help="folder of decoded images and precomputed outputs")
 
     # Parsed twice: first for role and recipe, then with their defaults.
@@ -510,10 +510,10 @@ def main(argv=None):
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if "cuda" in args.device else "gloo",
-                                timeout=timedelta(minutes=10))  # for a process that stands still
-    if processes()[0]:  # process 0 prints and writes
+                                timeout=timedelta(minutes=10))  # for a process that hangs
+    if processes()[0]:  # only process 0 prints and writes
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    # What is missing, and an --out that is impossible, are errors before any image is decoded.
+    # Missing files and an impossible --out are reported before any image is decoded.
     existing_folder(args.data)
     for path in [args.weights, *(args.teacher or [])]:
         if path not in ("none", "imagenet"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd import MAX_T, MIN_T, binary_kd_loss, distillation_loss, kd_loss, mean_teacher
+from kd import MAX_T, MIN_T, binary_kd_loss, distillation_loss, kd_loss, mix_teachers
 
 # Values on which three independent implementations and plain Python agree to 12 digits.
 S2, T2, Y2 = [[2, -1], [0.5, 0.25]], [[3, -2], [-1, 1.5]], [0, 1]
@@ -278,20 +278,20 @@ def test_label_smoothing_leaves_the_soft_loss_alone():
     assert torch.isclose(total, 0.7 * hard + 0.3 * soft)
 
 
-def test_mean_teacher_averages_softened_probabilities():
+def test_mix_teachers_averages_softened_probabilities():
     a, b, T = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64), 4.0
-    together = mean_teacher([a, b], T)
+    together = mix_teachers([a, b], T)
     assert torch.allclose((together / T).softmax(1), ((a / T).softmax(1) + (b / T).softmax(1)) / 2)
-    together = mean_teacher([a, b], T, multilabel=True)
+    together = mix_teachers([a, b], T, multilabel=True)
     assert torch.allclose((together / T).sigmoid(), ((a / T).sigmoid() + (b / T).sigmoid()) / 2)
-    assert mean_teacher([a], T) is a
+    assert mix_teachers([a], T) is a
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
 def test_teachers_under_bfloat16_are_averaged_in_float32(multilabel):
     halves = [(8 * torch.randn(40, 3)).bfloat16() for _ in range(3)]
-    together = mean_teacher(halves, 2.0, multilabel)
-    exact = mean_teacher([z.double() for z in halves], 2.0, multilabel)
+    together = mix_teachers(halves, 2.0, multilabel)
+    exact = mix_teachers([z.double() for z in halves], 2.0, multilabel)
     assert together.dtype == torch.float32 and torch.allclose(together.double(), exact, atol=1e-4)
 
 

@@ -99,7 +99,7 @@ def test_batchnorm_averages_follow_within_ten_steps(arch):
     assert len(layers) > 9 and {layer.momentum for layer in layers} == {0.1}
 
 
-@pytest.mark.parametrize("arch", NETWORKS)
+@pytest.mark.parametrize("arch", ["squeezenet1_1", "shufflenet_v2_x0_5"])
 def test_negative_logits_are_possible(arch):
     """In torchvision's SqueezeNet, a ReLU follows the head: a logit below 0 becomes 0 and has no gradient."""
     model = models.build(arch, 2, size=80).eval()

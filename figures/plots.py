@@ -3,7 +3,7 @@
     python figures/plots.py table results/demo.json figures/demo.svg       a file of evaluate --json
     python figures/plots.py curves figures/demo-curves.svg runs/demo/*     folders of train.py
     python figures/plots.py labels results/labels.json figures/labels.svg  a file of evaluate --json
-    python figures/plots.py costs results/small.json figures/small.svg     a file of evaluate --json
+    python figures/plots.py costs results/small.json figures/small.svg     or several such files
     python figures/plots.py cams cams.png RUN [RUN ...]           Grad-CAM of a few test images
     python figures/plots.py mistakes mistakes.png RUN [RUN ...]   Grad-CAM of the worst mistakes
     python figures/plots.py roc roc.svg RUN [RUN ...]             what evaluate.py wrote there
@@ -95,12 +95,12 @@ def labels(content):
     fig.legend(loc="outside upper center", ncols=2)
     return fig
 
-def costs(content):
+def costs(*contents):
     """Test AUC of every row by the multiply-adds of its network, with 95 % intervals."""
     from models import build, cost
     kinds, places = {}, {}  # kinds: {what was trained: [(multiply-adds, AUC, low, high), ...]}
-    for row in content["rows"]:
-        config = content["runs"][row["runs"][0]]["config"]
+    for runs, row in [(c["runs"], row) for c in contents for row in c["rows"]]:
+        config = runs[row["runs"][0]]["config"]
         arch, size = config["arch"], config["size"]
         places[arch] = places.get(arch, -1) + 1  # rows of one network stand side by side
         x = cost(build(arch, 1000, size), size)["multiply_adds"] / 1e6 * 1.04 ** places[arch]
@@ -232,9 +232,10 @@ if __name__ == "__main__":
                 fig = {"curves": curves, "roc": roc}[kind](folders)
             case ["cams" | "mistakes" as kind, out, *folders] if folders:
                 fig = cams(folders, only_mistakes=kind == "mistakes")
-            case ["table" | "labels" | "costs" as kind, source, out]:
-                draw = {"table": table, "labels": labels, "costs": costs}[kind]
-                fig = draw(json.loads(Path(source).read_text()))
+            case ["table" | "labels" as kind, source, out]:
+                fig = {"table": table, "labels": labels}[kind](json.loads(Path(source).read_text()))
+            case ["costs", *sources, out] if sources:
+                fig = costs(*(json.loads(Path(source).read_text()) for source in sources))
             case _:
                 sys.exit(__doc__)
         if fig:

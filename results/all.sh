@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Every table that two cores can make: bash results/all.sh, or some of them: bash results/all.sh small labels
 #
-# Parts: demo small squeezenet alphas patient choices labels ten draws cores findings costs. The parts paper, three
-# and course take hours without a GPU and run only if they are named. Finished runs are not trained again, and killed
-# runs resume. All but demo, findings and costs need the X-rays in data/chest_xray. The parts ten, draws and choices
-# also need the runs of labels or small. WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's ImageNet weights
-# cannot be fetched. On a CPU with AVX512-BF16, PRECISION=bfloat16 makes the larger convolutional networks faster.
+# Parts: demo small squeezenet alphas patient choices labels ten augmented draws cores findings costs. The parts
+# paper, three and course take hours without a GPU and run only if they are named. Finished runs are not trained
+# again, and killed runs resume. All but demo, findings and costs need the X-rays in data/chest_xray. The parts ten,
+# draws and choices also need the runs of labels or small. WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's
+# ImageNet weights cannot be fetched. On a CPU with AVX512-BF16, PRECISION=bfloat16 makes the larger convolutional
+# networks faster.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 xrays="--data data/chest_xray --weights ${WEIGHTS:-imagenet}"
@@ -141,10 +142,19 @@ ten() {  # other ways to hand on ten labels of each class
     student="--role student $x --teacher"
     python train.py $student $alone-seed$s --T 4 --out $r/T4-seed$s
     python train.py $student $alone-seed0 $alone-seed1 $alone-seed2 --T 1 --out $r/three-teachers-seed$s
-    python train.py --role baseline $x --augment --out $r/moved-alone-seed$s
-    python train.py $student $alone-seed$s --T 1 --augment --out $r/moved-seed$s
   done
   python evaluate.py $r $alone-seed* runs/labels/self-10-seed* --json results/ten.json
+}
+
+augmented() {  # the same ten labels of each class, with augmentation
+  r=runs/augmented alone=runs/labels/alone-10
+  for s in 0 1 2; do
+    x="$xrays $few --seed $s --labels-per-class 10"
+    python train.py --role baseline $x --out $alone-seed$s
+    python train.py --role baseline $x --augment --out $r/baseline-seed$s
+    python train.py --role student $x --augment --T 1 --teacher $alone-seed$s --out $r/student-seed$s
+  done
+  python evaluate.py $r $alone-seed* --json results/augmented.json
 }
 
 draws() {  # ten other labels of each class, the rest in train/UNLABELLED
@@ -239,4 +249,4 @@ costs() {  # on a machine that does nothing else
     --rounds 5 --json results/cost-small-student.json
 }
 
-for part in ${@:-demo small squeezenet alphas patient choices labels ten draws cores findings costs}; do $part; done
+for part in ${@:-demo small squeezenet alphas patient choices labels ten augmented draws cores findings costs}; do $part; done

@@ -32,7 +32,7 @@ from data import (MEAN, PIXELS, STD, UserError, atomic, cached_array, explain, f
 # With this switch, torch.load reads nothing but plain values, whoever calls it.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
-FORMAT = 5  # of a checkpoint: raise it when its facts change, so that old ones are refused
+FORMAT = 6  # of a checkpoint: raise it when its facts or a network change, to refuse old ones
 
 # Auxiliary heads are further classifiers half-way up, for training only. They are left out for
 # small images: InceptionV3's 5x5 window does not fit below 299 pixels, GoogLeNet's below 64.

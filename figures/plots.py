@@ -234,7 +234,7 @@ if __name__ == "__main__":
                 fig = cams(folders, only_mistakes=kind == "mistakes")
             case ["table" | "labels" as kind, source, out]:
                 fig = {"table": table, "labels": labels}[kind](json.loads(Path(source).read_text()))
-            case ["costs", *sources, out] if sources:
+            case ["costs", *sources, out] if sources and not out.endswith(".json"):
                 fig = costs(*(json.loads(Path(source).read_text()) for source in sources))
             case _:
                 sys.exit(__doc__)

@@ -3,10 +3,10 @@
 #
 # Parts: demo small squeezenet alphas patient choices labels ten augmented draws cores findings costs. The parts
 # paper, three and course take hours without a GPU and run only if they are named. Finished runs are not trained
-# again, and killed runs resume. All but demo, findings and costs need the X-rays in data/chest_xray. The parts ten,
-# draws and choices also need the runs of labels or small. WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's
-# ImageNet weights cannot be fetched. On a CPU with AVX512-BF16, PRECISION=bfloat16 makes the larger convolutional
-# networks faster.
+# again, and killed runs resume. All but demo, findings and costs need the X-rays in data/chest_xray. The parts
+# squeezenet, alphas, patient and choices also need the runs of small, and ten, augmented and draws those of labels.
+# WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's ImageNet weights cannot be fetched. On a CPU with
+# AVX512-BF16, PRECISION=bfloat16 makes the larger convolutional networks faster. Set it for all parts or for none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 xrays="--data data/chest_xray --weights ${WEIGHTS:-imagenet}"
@@ -62,14 +62,13 @@ squeezenet() {  # a third small network
   x="$x --epochs 8 --steps-per-epoch 74 --lr 0.05 --lr-step 3 --lr-gamma 0.3 --clip 1 $precision"
   for s in 0 1 2; do
     t=runs/labels/inception-seed$s twenty="$x --seed $s --labels-per-class 10"
-    python train.py --role teacher $inception --seed $s --out $t
     python train.py --role baseline $twenty --out $r/baseline-20-labels-seed$s
     python train.py --role student $twenty --teacher $r/baseline-20-labels-seed$s --out $r/self-20-labels-seed$s
     python train.py --role student $twenty --teacher $t --out $r/student-20-labels-seed$s
     python train.py --role baseline $x --seed $s --out $r/baseline-all-labels-seed$s
     python train.py --role student $x --seed $s --teacher $t --out $r/student-all-labels-seed$s
   done
-  python evaluate.py $r runs/labels/inception-seed[012] --json results/squeezenet.json
+  python evaluate.py $r --json results/squeezenet.json
 }
 
 alphas() {  # ShuffleNetV2 with all labels: how much weight for the teacher, and which temperature
@@ -78,7 +77,6 @@ alphas() {  # ShuffleNetV2 with all labels: how much weight for the teacher, and
   x="$x --epochs 8 --steps-per-epoch 74 --lr 0.05 --lr-step 3 --lr-gamma 0.3"
   for s in 0 1 2; do
     t=runs/labels/inception-seed$s
-    python train.py --role teacher $inception --seed $s --out $t
     python train.py --role baseline $x --seed $s --out $r/baseline-seed$s
     for a in 0.5 0.9 1; do
       python train.py --role student $x --seed $s --teacher $t --alpha $a --out $r/alpha$a-seed$s
@@ -94,7 +92,6 @@ patient() {  # Beyer et al.: student and teacher see the same augmented image, a
   x="$x --steps-per-epoch 37 --lr 0.02 --lr-gamma 0.3 --labels-per-class 10 $precision"
   for s in 0 1 2; do
     t=runs/labels/inception-seed$s
-    python train.py --role teacher $inception --seed $s --out $t
     for e in 8 40; do
       length="--epochs $e --lr-step $((e * 3 / 8)) --seed $s"
       python train.py --role baseline $x $length --out $r/baseline-$e-seed$s
@@ -103,7 +100,7 @@ patient() {  # Beyer et al.: student and teacher see the same augmented image, a
       python train.py --role student $x $length --teacher $t --augment --out $r/consistent-$e-seed$s
     done
   done
-  python evaluate.py $r runs/labels/inception-seed[012] --json results/patient.json
+  python evaluate.py $r --json results/patient.json
 }
 
 choices() {  # other choices of the small student's 20 labels
@@ -131,7 +128,7 @@ labels() {
       python train.py --role student --T 1 $x --teacher $r/alone-$n-seed$s --out $r/self-$n-seed$s
     done
   done
-  python evaluate.py $r --json results/labels.json
+  python evaluate.py $r/*-seed[012] --json results/labels.json
   python figures/plots.py labels results/labels.json figures/labels.svg
 }
 
@@ -150,7 +147,6 @@ augmented() {  # the same ten labels of each class, with augmentation
   r=runs/augmented alone=runs/labels/alone-10
   for s in 0 1 2; do
     x="$xrays $few --seed $s --labels-per-class 10"
-    python train.py --role baseline $x --out $alone-seed$s
     python train.py --role baseline $x --augment --out $r/baseline-seed$s
     python train.py --role student $x --augment --T 1 --teacher $alone-seed$s --out $r/student-seed$s
   done
@@ -178,7 +174,7 @@ cores() {  # the temperatures
       python train.py --role student $xrays --seed $s --T $T --teacher $teacher-seed$s --out $r/T$T-seed$s
     done
   done
-  python evaluate.py $teacher-seed* $r --json results/two-cores.json
+  python evaluate.py $teacher-seed[012] $r --json results/two-cores.json
 }
 
 paper() {  # the pair of arXiv 2406.08837, other teachers, other students

@@ -90,7 +90,7 @@ def run(words):
             words[words.index(flag) + 1] = tiny
     if script == "profile_gpu.py":
         words += ["--size", "32", "--batch-size", "2", "--many", "2", "--steps", "1", "--rounds", "1"]
-    words = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
+    words = [path for word in words for path in (sorted(glob.glob(word)) if glob.has_magic(word) else [word])]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         MAINS[script](words)
     return said.getvalue()
@@ -294,22 +294,26 @@ def test_cells_of_the_results_stand_in_their_files():
         for cell in chain.from_iterable(row[1:] for row in rows[1:]):
             for part in cell.split(" / "):
                 # A bracket of two figures is an interval. Figures in parentheses are the paper's.
-                assert re.sub(r" \[.*| ± .*| \(.*", "", part) in measured, (name, cell)
+                figure = re.sub(r" \[.*| ± .*| \(.*", "", part)
+                assert not figure or f" {figure}" in measured, (name, cell)
     with_runs = {path.stem for path in (ROOT / "results").glob("*.json") if "runs" in results(path.stem)}
     assert files == with_runs - {"temperatures-h100"}  # a sentence has its figures
 
 
 def networks(content):
-    """Return title -> metric -> mean and sd over seeds, and the interval where the file has it."""
-    found, groups = {row["title"]: row["figures"] for row in content.get("rows", [])}, {}
-    for path, run in content["runs"].items():
-        groups.setdefault(re.sub(r"-seed\d+$", "", path.split("/")[-1]), []).append(run["test"])
+    """Return title -> metric -> mean and sd over seeds, with the interval where the file has it."""
+    found, groups = {}, {}
+    for row in content.get("rows", []):
+        found[row["title"]] = {**row["figures"], "validation": row["validation"]}
+    for path, run in content["runs"].items():  # for files that were written before they had rows
+        figures = {k: v for k, v in run["test"].items() if isinstance(v, float)}
+        title = re.sub(r"-seed\d+$", "", path.split("/")[-1])
+        groups.setdefault(title, []).append({**figures, "validation": run["validation"]["accuracy"]})
     for title, runs in groups.items():
-        if title not in found and not content.get("rows"):
-            values = {metric: torch.tensor([run[metric] for run in runs], dtype=torch.float64) for metric in runs[0]
-                      if isinstance(runs[0][metric], float)}
-            found[title] = {metric: {"mean": x.mean().item(), "sd": x.std().item() if len(x) > 1 else None}
-                            for metric, x in values.items()}
+        values = {metric: torch.tensor([run[metric] for run in runs], dtype=torch.float64) for metric in runs[0]}
+        summary = {metric: {"mean": x.mean().item(), "sd": x.std().item() if len(x) > 1 else None}
+                   for metric, x in values.items()}
+        found.setdefault(title, summary)
     return found
 
 
@@ -325,38 +329,78 @@ def fits(cell, figure, sign=""):
     return cell == text
 
 
-COLUMNS = {"AUC": "auc", "accuracy": "accuracy", "accuracy (paper)": "accuracy", "ECE": "ece", "specificity": "specificity"}
+COLUMNS = {"AUC": "auc", "accuracy": "accuracy", "accuracy (paper)": "accuracy", "ECE": "ece",
+           "specificity": "specificity", "validation": "validation"}
+ROWS = {  # the run folders of a table's rows, from top to bottom, without -seedN; "-" is not a run
+    "small": "inception baseline-20-labels student-20-labels self-20-labels baseline-all-labels student-all-labels "
+             "student-alpha1 baseline-20-labels-mobilenet_v3_small student-20-labels-mobilenet_v3_small "
+             "baseline-all-labels-mobilenet_v3_small student-all-labels-mobilenet_v3_small",
+    "xrays": "- inception inception-head vgg16 alexnet alexnet-smoothed T1 T1-alpha0.5 T1-alpha1 T1-two-teachers "
+             "T1-of-head",
+    "two-cores": "inception alexnet T1 T10 T20 T30 T40 T50",
+    "demo": "teacher baseline student-T1 self-distilled baseline-all-labels student-T1 self-distilled",
+    "findings": "teacher baseline student-T4",
+}
+PAIRS = {  # the same for tables of gains: the baselines and students of the columns, and the rows
+    "labels": ("alone- taught- self-", "10 30 100 300"),
+    "draws": ("alone- taught- self-", "0 1 2 3 4"),
+    "choices": ("baseline- student- self-", "1 2"),
+}
 
 
-def test_a_row_of_the_results_is_one_row_of_its_file():
-    """All cells of a row, with their intervals, belong to one network, and the gain is a gain of that network."""
-    n = 0
-    for name, content, ((_, *header), *rows) in linked_tables():
-        gains = {gain["title"]: gain["figures"] for gain in content.get("gains", [])}
-        for title, *cells in rows:
-            found = gains if title.startswith("gain") else networks(content)
-            found = {k: v | {"gain": gains.get(k, {}).get("auc")} for k, v in found.items()}
-            filled = [(column, cell) for column, cell in zip(header, cells, strict=False) if cell]
-            for column, cell in filled:
-                if column in COLUMNS and title != "always PNEUMONIA":
-                    sign = "+" if title.startswith("gain") else ""
-                    found = {k: v for k, v in found.items() if fits(cell, v[COLUMNS[column]], sign)}
-                elif column == "gain in AUC":
-                    found = {k: v for k, v in found.items() if v["gain"] and fits(cell, v["gain"], "+")}
-                n += 1
-            assert found, (name, title)
-    assert n > 100
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_of_the_results_is_a_row_of_its_file(name):
+    """All cells of a row, with their intervals, are those of its network or, in rows of gains, of its gain."""
+    [(content, [[_, *header], *rows])] = [(content, rows) for n, content, rows in linked_tables() if n == name]
+    gains = {gain["title"]: gain["figures"] for gain in content.get("gains", [])}
+    for [text, *cells], title in zip(rows, ROWS[name].split(), strict=True):
+        for column, cell in zip(header, cells, strict=True):
+            gain = text.startswith("gain") or column == "gain in AUC"
+            if title == "-" or not cell:
+                assert title == "-" or column in ("validation", "gain in AUC", "ECE")
+            elif gain:
+                assert fits(cell, gains[title]["auc" if column == "gain in AUC" else COLUMNS[column]], "+"), (text, cell)
+            else:
+                assert fits(cell, networks(content)[title][COLUMNS[column]]), (text, column, cell)
 
 
 @pytest.mark.parametrize("name", ["labels", "draws", "choices"])
 def test_a_gain_stands_beside_its_student(name):
-    """In tables of gains, the cells are those of one baseline, and of a student with its gain over this baseline."""
-    content, rows = results(name), next(rows for n, _, rows in linked_tables() if n == name)
+    """In tables of gains, a row has the AUC of its baseline, and of each student, which its gain follows."""
+    content, [_, *rows] = next((content, rows) for n, content, rows in linked_tables() if n == name)
     auc = {title: figures["auc"] for title, figures in networks(content).items()}
-    for title, baseline, *pairs in rows[1:]:
-        for student, gain in zip(pairs[::2], pairs[1::2], strict=True):
-            assert any(fits(baseline, auc[g["minus"]]) and fits(student, auc[g["title"]])
-                       and fits(gain, g["figures"]["auc"], "+") for g in content["gains"]), (name, title, student)
+    gains = {(gain["title"], gain["minus"]): gain["figures"]["auc"] for gain in content["gains"]}
+    (first, *others), keys = (part.split() for part in PAIRS[name])
+    for [_, baseline, *cells], key in zip(rows, keys, strict=True):
+        assert fits(baseline, auc[first + key])
+        for student, shown, gain in zip(others, cells[::2], cells[1::2], strict=True):
+            assert fits(shown, auc[student + key]), (name, key, student)
+            assert fits(gain, gains[student + key, first + key], "+"), (name, key, student)
+
+
+def test_the_tables_of_two_figures_per_cell():
+    """In the course's table, a cell has the validation accuracy and the test AUC of one row of its file. In that of
+    three classes, training, validation and test accuracy."""
+    tables = {name: (content, rows) for name, content, rows in linked_tables()}
+    content, [_, *rows] = tables["course"]
+    found, titles = networks(content), [f"{a}-{f}" for a in ("alexnet", "vgg16") for f in ("all", "fc", "head")]
+    for title, [_, *cells] in zip(titles, rows, strict=True):
+        for share, cell in zip(("0.2", "0.3", "0.4"), cells, strict=True):
+            accuracy, auc = cell.split(" / ")
+            row = found[f"{title}-{share}"]
+            assert fits(accuracy, row["validation"]) and fits(auc, row["auc"]), (title, share)
+    content, [_, *rows] = tables["three-classes"]
+    found, titles = networks(content), ["small large", "small-smoothed large-smoothed", "normal -", "- reversed",
+                                        "defective -", "- stopped"]
+    for pair, [_, *cells] in zip(titles, rows, strict=True):
+        for title, cell in zip(pair.split(), cells, strict=True):
+            if title == "-":
+                assert not cell
+                continue
+            _, validation, test = cell.split(" / ")
+            assert f"{100 * found[title]['validation']['mean']:.1f}" == validation, title
+            assert fits(test, found[title]["accuracy"]), title
+            assert f" {cell}" in " ".join(content["tables"])
 
 
 def over_runs(result, metric, run, minus=None, n=5):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -884,6 +885,16 @@ def test_the_next_start_removes_half_written_files(few_phantoms):
     Path("run/.best.pt.01234567.part").write_bytes(b"half of it")
     run("--out", "run")
     assert {p.name for p in Path("run").iterdir()} == {"best.pt", "history.csv"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_process_0_removes_half_written_files(rank, monkeypatch, tmp_path):
+    """The file may be one that process 0 is writing."""
+    part = tmp_path / ".history.csv.01234567.part"
+    part.write_text("half of it")
+    monkeypatch.setattr(train, "processes", lambda: (rank, 2))
+    assert train.resume(SimpleNamespace(out=tmp_path), {}, None, None) == ([], None)
+    assert part.exists() == (rank == 1)
 
 
 def test_a_mistake_leaves_no_folder_behind(few_phantoms):

@@ -297,7 +297,7 @@ def test_cells_of_the_results_stand_in_their_files():
                 figure = re.sub(r" \[.*| ± .*| \(.*", "", part)
                 assert not figure or f" {figure}" in measured, (name, cell)
     with_runs = {path.stem for path in (ROOT / "results").glob("*.json") if "runs" in results(path.stem)}
-    assert files == with_runs - {"temperatures-h100"}  # a sentence has its figures
+    assert files == with_runs - {"temperatures-h100", "ten", "augmented"}  # sentences have their figures
 
 
 def networks(content):
@@ -335,6 +335,7 @@ ROWS = {  # the run folders of a table's rows, from top to bottom, without -seed
     "small": "inception baseline-20-labels student-20-labels self-20-labels baseline-all-labels student-all-labels "
              "student-alpha1 baseline-20-labels-mobilenet_v3_small student-20-labels-mobilenet_v3_small "
              "baseline-all-labels-mobilenet_v3_small student-all-labels-mobilenet_v3_small",
+    "squeezenet": "baseline-20-labels student-20-labels self-20-labels baseline-all-labels student-all-labels",
     "xrays": "- inception inception-head vgg16 alexnet alexnet-smoothed T1 T1-alpha0.5 T1-alpha1 T1-two-teachers "
              "T1-of-head",
     "two-cores": "inception alexnet T1 T10 T20 T30 T40 T50",
@@ -345,6 +346,7 @@ PAIRS = {  # the same for tables of gains: the baselines and students of the col
     "labels": ("alone- taught- self-", "10 30 100 300"),
     "draws": ("alone- taught- self-", "0 1 2 3 4"),
     "choices": ("baseline- student- self-", "1 2"),
+    "patient": ("baseline- precomputed-", "8 40"),
 }
 
 
@@ -364,7 +366,7 @@ def test_a_row_of_the_results_is_a_row_of_its_file(name):
                 assert fits(cell, networks(content)[title][COLUMNS[column]]), (text, column, cell)
 
 
-@pytest.mark.parametrize("name", ["labels", "draws", "choices"])
+@pytest.mark.parametrize("name", PAIRS)
 def test_a_gain_stands_beside_its_student(name):
     """In tables of gains, a row has the AUC of its baseline, and of each student, which its gain follows."""
     content, [_, *rows] = next((content, rows) for n, content, rows in linked_tables() if n == name)
@@ -372,6 +374,10 @@ def test_a_gain_stands_beside_its_student(name):
     gains = {(gain["title"], gain["minus"]): gain["figures"]["auc"] for gain in content["gains"]}
     (first, *others), keys = (part.split() for part in PAIRS[name])
     for [_, baseline, *cells], key in zip(rows, keys, strict=True):
+        if name == "patient":  # a second baseline, with a student of its own
+            cells, more = cells[:2], cells[2:]
+            assert fits(more[0], auc[f"augmented-baseline-{key}"]) and fits(more[1], auc[f"consistent-{key}"])
+            assert fits(more[2], gains[f"consistent-{key}", f"augmented-baseline-{key}"], "+")
         assert fits(baseline, auc[first + key])
         for student, shown, gain in zip(others, cells[::2], cells[1::2], strict=True):
             assert fits(shown, auc[student + key]), (name, key, student)

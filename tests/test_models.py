@@ -292,8 +292,8 @@ def test_code_in_a_checkpoint_does_not_run(monkeypatch):
     ({"model": torch.zeros(1)}, "not a readable file of weights"),
     ([torch.zeros(1)], "not a readable file of weights"),
     (torch.zeros(1), "not a readable file of weights"),
-    ({"format": 99, "model": {}, "facts": {}}, "format 99, this code reads 5.*train it again"),
-    ({"format": 4, "model": {}, "facts": {}}, "format 4, this code reads 5.*train it again"),
+    ({"format": 99, "model": {}, "facts": {}}, "format 99, this code reads 6.*train it again"),
+    ({"format": 5, "model": {}, "facts": {}}, "format 5, this code reads 6.*train it again"),
     (None, "No such file: .*x.pt. Train that run first"),
 ])
 def test_what_is_no_checkpoint_is_refused(content, says):

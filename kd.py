@@ -11,7 +11,7 @@ a temperature T > 1 before softmax makes the probabilities more even ("softer").
     loss = (1 - alpha) hard + alpha soft     alpha = 0: labels only; alpha = 1: teacher only
 
 Shapes: B images. An image has exactly one of C classes (softmax), or any number of K findings
-(sigmoid). The code has the names of the equations, and `log_q` is the logarithm of q.
+(sigmoid). The code uses the names of the equations, and `log_q` is the logarithm of q.
 """
 
 import math

@@ -76,7 +76,7 @@ def bare_network(arch, aux):
         if isinstance(layer, nn.BatchNorm2d):  # MNASNet has 0.0003 and MobileNetV3 0.01, which were
             layer.momentum = max(layer.momentum, 0.1)  # meant for long epochs: averages would lag
     if isinstance(model, torchvision.models.SqueezeNet):
-        model.classifier[2] = nn.Identity()  # a ReLU: a logit that falls below 0 would stay there
+        model.classifier[2] = nn.Identity()  # no ReLU, because logits below 0 would get no gradient
     return model
 
 def replace_heads(model, num_classes):

@@ -33,7 +33,7 @@ from evaluate import (SEEDS, compared, differences, mean, metrics, origin, predi
 from kd import check_settings, distillation_loss, mix_teachers
 from models import forward
 
-SAVE_SECONDS = 20  # an epoch that ends sooner after a save waits: AlexNet writes 0.7 GB each time
+SAVE_SECONDS = 20  # least time between saves, but for the final one. AlexNet writes 0.7 GB
 
 # ---- a run, from its images to its last epoch ----------------------------------------------------
 # What is random? `seed` decides the first weights. `seed` and the epoch's number decide the order
@@ -278,7 +278,7 @@ def train_one_epoch(model, batches, optimizer, T=1.0, alpha=0.9, label_smoothing
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss} in {title} at learning rate "
                         f"{optimizer.param_groups[0]['lr']:.2g}. Lower --lr, or set --clip 1")
-    # With few labels it would jump between 0 and 100 %. Below half a label per batch it is NaN.
+    # With few labels it would jump between 0 and 100 %. Below half a label per image it is NaN.
     accuracy = right / labelled if labelled >= 0.5 else math.nan
     return {"loss": loss, "hard": hard, "soft": soft, "train_accuracy": accuracy}
 
@@ -329,8 +329,9 @@ def save_run(args, model, optimizer, history, best, facts, saved_epoch):
 def resume(args, config, model, optimizer):
     """Restore weights and optimiser. Return the history, and `best` as save_run takes it."""
     path, history, best = Path(args.out) / "best.pt", [], None
-    for part in path.parent.glob(".*.part") if not processes()[0] else []:
-        part.unlink(missing_ok=True)  # of a process that was killed while it wrote
+    if not processes()[0]:  # the others could delete a file that process 0 is writing
+        for part in path.parent.glob(".*.part"):  # of a process that was killed while it wrote
+            part.unlink(missing_ok=True)
     if path.exists():
         best_model, facts = models.load_run(path)
         changed = [f"{name} {old} (now {new})" if len(f"{old}{new}") < 30 else f"other {name}"

@@ -232,7 +232,7 @@ if __name__ == "__main__":
                 fig = {"curves": curves, "roc": roc}[kind](folders)
             case ["cams" | "mistakes" as kind, out, *folders] if folders:
                 fig = cams(folders, only_mistakes=kind == "mistakes")
-            case ["table" | "labels" as kind, source, out]:
+            case ["table" | "labels" as kind, source, out] if not out.endswith(".json"):
                 fig = {"table": table, "labels": labels}[kind](json.loads(Path(source).read_text()))
             case ["costs", *sources, out] if sources and not out.endswith(".json"):
                 fig = costs(*(json.loads(Path(source).read_text()) for source in sources))

@@ -6,13 +6,15 @@
 # again, and killed runs resume. All but demo, findings and costs need the X-rays in data/chest_xray. The parts
 # squeezenet, alphas, patient and choices also need the runs of small, and ten, augmented and draws those of labels.
 # WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's ImageNet weights cannot be fetched. On a CPU with
-# AVX512-BF16, PRECISION=bfloat16 makes the larger convolutional networks faster. Set it for all parts or for none.
+# AVX512-BF16, PRECISION=bfloat16 can make the larger convolutional networks faster. Set it for all parts or for none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 xrays="--data data/chest_xray --weights ${WEIGHTS:-imagenet}"
 few="--steps-per-epoch 37 --epochs 5"  # 37 steps: an epoch of all labels at the recipe's batch
 precision=${PRECISION:+--precision $PRECISION}
 inception="--data data/chest_xray --weights ${TEACHER_WEIGHTS:-imagenet} --size 128 --epochs 3 $precision"
+tiny="--data data/chest_xray --weights none --finetune all --size 96 --batch-size 64 --lr-gamma 0.3"
+eight="--steps-per-epoch 74 --epochs 8 --lr-step 3"
 
 demo() {
   for s in 0 1 2 3 4; do
@@ -31,10 +33,8 @@ demo() {
 
 small() {  # small networks, with random first weights, learn from InceptionV3
   r=runs/small
-  steps="--size 96 --batch-size 64 --steps-per-epoch 74 --lr-gamma 0.3"
-  small="--weights none --finetune all $steps --epochs 8 --lr-step 3"
   for s in 0 1 2 3 4; do
-    t=runs/labels/inception-seed$s x="--data data/chest_xray $small --arch shufflenet_v2_x0_5 --seed $s"
+    t=runs/labels/inception-seed$s x="$tiny $eight --arch shufflenet_v2_x0_5 --seed $s"
     twenty="$x --lr 0.02 --labels-per-class 10" all="$x --lr 0.05"
     python train.py --role teacher $inception --seed $s --out $t
     python train.py --role baseline $twenty --out $r/baseline-20-labels-seed$s
@@ -45,8 +45,8 @@ small() {  # small networks, with random first weights, learn from InceptionV3
     python train.py --role student $all --teacher $t --alpha 1 --out $r/student-alpha1-seed$s
   done
   for s in 0 1 2; do
-    t=runs/labels/inception-seed$s x="--data data/chest_xray $small --seed $s"
-    x="$x --arch mobilenet_v3_small --lr 0.05" m=mobilenet_v3_small-seed$s
+    t=runs/labels/inception-seed$s x="$tiny $eight --arch mobilenet_v3_small --lr 0.05 --seed $s"
+    m=mobilenet_v3_small-seed$s
     python train.py --role baseline $x --labels-per-class 10 --out $r/baseline-20-labels-$m
     python train.py --role student $x --labels-per-class 10 --teacher $t --out $r/student-20-labels-$m
     python train.py --role baseline $x --out $r/baseline-all-labels-$m
@@ -57,8 +57,7 @@ small() {  # small networks, with random first weights, learn from InceptionV3
 
 squeezenet() {  # a third small network
   r=runs/squeezenet
-  x="--data data/chest_xray --arch squeezenet1_1 --weights none --finetune all --size 96 --batch-size 64"
-  x="$x --epochs 8 --steps-per-epoch 74 --lr 0.05 --lr-step 3 --lr-gamma 0.3 --clip 1 $precision"
+  x="$tiny $eight --arch squeezenet1_1 --lr 0.05 --clip 1 $precision"
   for s in 0 1; do
     t=runs/labels/inception-seed$s twenty="$x --seed $s --labels-per-class 10"
     python train.py --role baseline $twenty --out $r/baseline-20-labels-seed$s
@@ -73,8 +72,7 @@ squeezenet() {  # a third small network
 
 alphas() {  # ShuffleNetV2 with all labels: how much weight for the teacher, and which temperature
   r=runs/alphas
-  x="--data data/chest_xray --arch shufflenet_v2_x0_5 --weights none --finetune all --size 96 --batch-size 64"
-  x="$x --epochs 8 --steps-per-epoch 74 --lr 0.05 --lr-step 3 --lr-gamma 0.3"
+  x="$tiny $eight --arch shufflenet_v2_x0_5 --lr 0.05"
   for s in 0 1 2; do
     t=runs/labels/inception-seed$s
     python train.py --role baseline $x --seed $s --out $r/baseline-seed$s
@@ -88,8 +86,7 @@ alphas() {  # ShuffleNetV2 with all labels: how much weight for the teacher, and
 
 patient() {  # Beyer et al.: student and teacher see the same augmented image, and training takes long
   r=runs/patient
-  x="--data data/chest_xray --arch shufflenet_v2_x0_5 --weights none --finetune all --size 96 --batch-size 64"
-  x="$x --steps-per-epoch 37 --lr 0.02 --lr-gamma 0.3 --labels-per-class 10 $precision"
+  x="$tiny --steps-per-epoch 37 --arch shufflenet_v2_x0_5 --lr 0.02 --labels-per-class 10 $precision"
   for s in 0 1; do
     t=runs/labels/inception-seed$s
     for e in 8 40; do

@@ -140,6 +140,15 @@ def test_costs_have_a_point_per_row_at_its_multiply_adds(monkeypatch):
     assert [bar[:, 1].tolist() for bar in bars] == [pytest.approx([70, 85]), pytest.approx([60, 80])]
 
 
+@pytest.mark.parametrize("kind", ["table", "labels", "costs"])
+def test_a_forgotten_output_overwrites_no_file_of_results(kind, monkeypatch, tmp_path):
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text('{"rows": [], "gains": [], "runs": {}}')
+    with pytest.raises(SystemExit, match="Draw the figures"):
+        type_in(monkeypatch, kind, tmp_path / "a.json", tmp_path / "b.json")
+    assert (tmp_path / "b.json").read_text().startswith("{")
+
+
 # ---- the curves
 
 

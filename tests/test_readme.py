@@ -302,19 +302,17 @@ def test_cells_of_the_results_stand_in_their_files():
 
 def networks(content):
     """Return title -> metric -> mean and sd over seeds, with the interval where the file has it."""
-    found, groups = {}, {}
-    for row in content.get("rows", []):
-        found[row["title"]] = {**row["figures"], "validation": row["validation"]}
-    for path, run in content["runs"].items():  # for files that were written before they had rows
+    if "rows" in content:
+        return {row["title"]: {**row["figures"], "validation": row["validation"]} for row in content["rows"]}
+    groups = {}  # this file was written before files had rows
+    for path, run in content["runs"].items():
         figures = {k: v for k, v in run["test"].items() if isinstance(v, float)}
         title = re.sub(r"-seed\d+$", "", path.split("/")[-1])
         groups.setdefault(title, []).append({**figures, "validation": run["validation"]["accuracy"]})
-    for title, runs in groups.items():
-        values = {metric: torch.tensor([run[metric] for run in runs], dtype=torch.float64) for metric in runs[0]}
-        summary = {metric: {"mean": x.mean().item(), "sd": x.std().item() if len(x) > 1 else None}
-                   for metric, x in values.items()}
-        found.setdefault(title, summary)
-    return found
+    values = {title: {metric: torch.tensor([run[metric] for run in runs], dtype=torch.float64) for metric in runs[0]}
+              for title, runs in groups.items()}
+    return {title: {metric: {"mean": x.mean().item(), "sd": x.std().item() if len(x) > 1 else None}
+                    for metric, x in metrics.items()} for title, metrics in values.items()}
 
 
 def fits(cell, figure, sign=""):
@@ -343,11 +341,11 @@ ROWS = {  # the run folders of a table's rows, from top to bottom, without -seed
     "demo": "teacher baseline student-T1 self-distilled baseline-all-labels student-T1 self-distilled",
     "findings": "teacher baseline student-T4",
 }
-PAIRS = {  # the same for tables of gains: the baselines and students of the columns, and the rows
-    "labels": ("alone- taught- self-", "10 30 100 300"),
-    "draws": ("alone- taught- self-", "0 1 2 3 4"),
-    "choices": ("baseline- student- self-", "1 2"),
-    "patient": ("baseline- precomputed-", "8 40"),
+PAIRS = {  # the same for tables of gains: each baseline and its students, from left to right, and the rows
+    "labels": (["alone- taught- self-"], "10 30 100 300"),
+    "draws": (["alone- taught- self-"], "0 1 2 3 4"),
+    "choices": (["baseline- student- self-"], "1 2"),
+    "patient": (["baseline- precomputed-", "augmented-baseline- consistent-"], "8 40"),
 }
 
 
@@ -370,19 +368,18 @@ def test_a_row_of_the_results_is_a_row_of_its_file(name):
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_gain_stands_beside_its_student(name):
     """In tables of gains, a row has the AUC of its baseline, and of each student, which its gain follows."""
-    content, [_, *rows] = next((content, rows) for n, content, rows in linked_tables() if n == name)
+    [(content, [_, *rows])] = [(content, rows) for n, content, rows in linked_tables() if n == name]
     auc = {title: figures["auc"] for title, figures in networks(content).items()}
     gains = {(gain["title"], gain["minus"]): gain["figures"]["auc"] for gain in content["gains"]}
-    (first, *others), keys = (part.split() for part in PAIRS[name])
-    for [_, baseline, *cells], key in zip(rows, keys, strict=True):
-        if name == "patient":  # a second baseline, with a student of its own
-            cells, more = cells[:2], cells[2:]
-            assert fits(more[0], auc[f"augmented-baseline-{key}"]) and fits(more[1], auc[f"consistent-{key}"])
-            assert fits(more[2], gains[f"consistent-{key}", f"augmented-baseline-{key}"], "+")
-        assert fits(baseline, auc[first + key])
-        for student, shown, gain in zip(others, cells[::2], cells[1::2], strict=True):
-            assert fits(shown, auc[student + key]), (name, key, student)
-            assert fits(gain, gains[student + key, first + key], "+"), (name, key, student)
+    groups, keys = PAIRS[name]
+    for [_, *cells], key in zip(rows, keys.split(), strict=True):
+        cells = iter(cells)
+        for baseline, *students in (group.split() for group in groups):
+            assert fits(next(cells), auc[baseline + key]), (name, key, baseline)
+            for student in students:
+                assert fits(next(cells), auc[student + key]), (name, key, student)
+                assert fits(next(cells), gains[student + key, baseline + key], "+"), (name, key, student)
+        assert not [*cells]
 
 
 def test_the_tables_of_two_figures_per_cell():

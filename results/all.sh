@@ -2,9 +2,10 @@
 # Every table that two cores can make: bash results/all.sh, or some of them: bash results/all.sh small labels
 #
 # Parts: demo small squeezenet alphas patient choices labels ten augmented draws cores findings costs. The parts
-# paper, three and course take hours without a GPU and run only if they are named. Finished runs are not trained
-# again, and killed runs resume. All but demo, findings and costs need the X-rays in data/chest_xray. The parts
-# squeezenet, alphas, patient and choices also need the runs of small, and ten, augmented and draws those of labels.
+# paper, three and course take hours without a GPU and run only if they are named. So do mura and multilabel, which
+# need MURA-v1.1 and ChestX-ray14 from their authors. Finished runs are not trained again, and killed runs resume.
+# All others but demo, findings and costs need the X-rays in data/chest_xray. The parts squeezenet, alphas, patient
+# and choices also need the runs of small, and ten, augmented and draws those of labels.
 # WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's ImageNet weights cannot be fetched. On a CPU with
 # AVX512-BF16, PRECISION=bfloat16 can make the larger convolutional networks faster. Set it for all parts or for none.
 set -euo pipefail
@@ -229,6 +230,24 @@ findings() {
   python train.py --role baseline --data findings
   python train.py --role student --T 4 --data findings
   python evaluate.py runs/findings --json results/findings.json
+}
+
+mura() {  # normal, reversed and defective teachers of seven body parts
+  x="--data MURA-v1.1 --recipe mura" r=runs/mura
+  python train.py --role teacher $x
+  python train.py --role baseline $x
+  python train.py --role teacher $x --stop-at 0.5 --steps-per-epoch 50 --out $r/stopped
+  python train.py --role student $x --out $r/normal
+  python train.py --role student $x --out $r/reversed --arch seresnet50 --teacher $r/baseline
+  python train.py --role student $x --out $r/defective --teacher $r/stopped
+  python evaluate.py $r
+}
+
+multilabel() {  # several findings per image
+  for role in teacher baseline student; do
+    python train.py --role $role --data ChestX-ray14 --recipe multilabel
+  done
+  python evaluate.py runs/multilabel
 }
 
 costs() {  # on a machine that does nothing else

@@ -138,9 +138,8 @@ def test_every_command_of_the_readme_runs(miniatures):
     assert torch.allclose(student(x).flatten(1), models.forward(model, x)[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("page, n", [(RESULTS, 7), (ALL, 50)], ids=["page", "all.sh"])
-def test_every_command_of_the_results_runs(miniatures, page, n):
-    assert len(list(typed(page))) >= n
+def test_every_command_of_all_sh_runs(miniatures):
+    assert len(list(typed(ALL))) >= 60
 
 
 def test_parts_of_all_sh_do_not_change_each_other():
@@ -235,9 +234,8 @@ def test_costs_are_those_of_their_files():
         assert len(cells) >= 5 and cells == [cell for cell in measured if cell in cells], arch
     bare, *ratios = [step["ratio to a"] for step in results("cost-inception_v3-alexnet")["tables"]["a step"].values()]
     baseline, precomputed, at_every_step = ratios
-    shown = [row[1] for row in table_rows(RESULTS)]
-    place = shown.index(f"{baseline:.3f}")
-    assert bare == 1 and shown[place : place + 3] == [f"{ratio:.3f}" for ratio in ratios]
+    text = r"the baseline takes ([\d.]+) times .* precomputed logits ([\d.]+) times, .* every step ([\d.]+) times"
+    assert bare == 1 and re.search(text, one_line(RESULTS)).groups() == tuple(f"{ratio:.3f}" for ratio in ratios)
     assert f"{at_every_step / precomputed:.1f} times as long" in one_line(README)
 
 
@@ -297,7 +295,7 @@ def test_cells_of_the_results_stand_in_their_files():
                 figure = re.sub(r" \[.*| ± .*| \(.*", "", part)
                 assert not figure or f" {figure}" in measured, (name, cell)
     with_runs = {path.stem for path in (ROOT / "results").glob("*.json") if "runs" in results(path.stem)}
-    assert files == with_runs - {"temperatures-h100", "ten", "augmented"}  # sentences have their figures
+    assert files == with_runs - {"temperatures-h100", "ten", "augmented", "choices", "findings"}  # sentences have their figures
 
 
 def networks(content):
@@ -338,29 +336,26 @@ ROWS = {  # the run folders of a table's rows, from top to bottom, without -seed
     "xrays": "- inception inception-head vgg16 alexnet alexnet-smoothed T1 T1-alpha0.5 T1-alpha1 T1-two-teachers "
              "T1-of-head",
     "two-cores": "inception alexnet T1 T10 T20 T30 T40 T50",
-    "demo": "teacher baseline student-T1 self-distilled baseline-all-labels student-T1 self-distilled",
-    "findings": "teacher baseline student-T4",
+    "demo": "teacher baseline student-T1 self-distilled baseline-all-labels",
 }
 PAIRS = {  # the same for tables of gains: each baseline and its students, from left to right, and the rows
     "labels": (["alone- taught- self-"], "10 30 100 300"),
     "draws": (["alone- taught- self-"], "0 1 2 3 4"),
-    "choices": (["baseline- student- self-"], "1 2"),
     "patient": (["baseline- precomputed-", "augmented-baseline- consistent-"], "8 40"),
 }
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_of_the_results_is_a_row_of_its_file(name):
-    """All cells of a row, with their intervals, are those of its network or, in rows of gains, of its gain."""
+    """All cells of a row, with their intervals, are those of its network or, for a gain, of its gain."""
     [(content, [[_, *header], *rows])] = [(content, rows) for n, content, rows in linked_tables() if n == name]
     gains = {gain["title"]: gain["figures"] for gain in content.get("gains", [])}
     for [text, *cells], title in zip(rows, ROWS[name].split(), strict=True):
         for column, cell in zip(header, cells, strict=True):
-            gain = text.startswith("gain") or column == "gain in AUC"
             if title == "-" or not cell:
-                assert title == "-" or column in ("validation", "gain in AUC", "ECE")
-            elif gain:
-                assert fits(cell, gains[title]["auc" if column == "gain in AUC" else COLUMNS[column]], "+"), (text, cell)
+                assert title == "-" or column == "gain in AUC"
+            elif column == "gain in AUC":
+                assert fits(cell, gains[title]["auc"], "+"), (text, cell)
             else:
                 assert fits(cell, networks(content)[title][COLUMNS[column]]), (text, column, cell)
 

@@ -418,9 +418,9 @@ RECIPES = {  # RECIPES[name][role]: flag -> value
 }
 
 LIMITS = dict(val_fraction=(0, 1), wrong_labels=(0, 1), lr=(0, 1e9), label_smoothing=(0, 1),
-              stop_at=(0, 1), clip=(0, 1e9), batch_size=(2, 1e9), epochs=(1, 1e9), lr_step=(1, 1e9),
-              steps_per_epoch=(1, 1e9), size=(1, 9999), per_class=(2, 1e9), lr_gamma=(0, 1),
-              labels_per_class=(0, 1e9), weight_decay=(0, 1), momentum=(0, 1), seed=(0, 2**32))
+              stop_at=(0, 1), clip=(0, 1e9), epochs=(1, 1e9), lr_step=(1, 1e9), lr_gamma=(0, 1),
+              steps_per_epoch=(1, 1e9), size=(1, 9999), per_class=(2, 1e9), momentum=(0, 1),
+              labels_per_class=(0, 1e9), weight_decay=(0, 1), seed=(0, 2**32))
 
 def get_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
@@ -489,7 +489,9 @@ def check_flags(p, args):
         check_settings(args.T, args.alpha)
     except ValueError as error:
         p.error(str(error))
-    for flag, (low, high) in LIMITS.items():
+    world = int(os.environ.get("WORLD_SIZE", 1))  # processes, set by torchrun
+    batches = {"batch_size": (2 * world, 1e9)}  # BatchNorm needs two images per process
+    for flag, (low, high) in (LIMITS | batches).items():
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:  # also rejects NaN
             p.error(f"--{flag.replace('_', '-')} is {value}, expected {low:g} to {high:g}")

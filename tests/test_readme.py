@@ -185,7 +185,7 @@ def test_softened_probabilities_and_gradients():
     """The README tabulates p, the gradient of KL and the gradient of T² KL, for a student with logits 0, 0, 0."""
     teacher = torch.tensor([[-1.0, 4.0, 2.5]])
     page = one_line(README.replace("|", " "))
-    for T in (1, 4, 20, 50):
+    for T in (1, 4, 20):
         student = torch.zeros(1, 3, requires_grad=True)
         kd.kd_loss(student, teacher, T).backward()
         size = student.grad.norm().item()

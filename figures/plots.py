@@ -12,6 +12,7 @@
 import json
 import re
 import sys
+from collections import Counter
 from itertools import zip_longest
 from pathlib import Path
 
@@ -97,15 +98,14 @@ def labels(content):
 
 def costs(*contents):
     """Test AUC of every row by the multiply-adds of its network, with 95 % intervals."""
-    from models import build, cost
-    kinds, places = {}, {}  # kinds: {what was trained: [(multiply-adds, AUC, low, high), ...]}
+    number = Counter(row["arch"] for c in contents for row in c["rows"])
+    kinds, places = {}, Counter()  # kinds: {what was trained: [(multiply-adds, AUC, low, high)]}
     for runs, row in [(c["runs"], row) for c in contents for row in c["rows"]]:
-        config = runs[row["runs"][0]]["config"]
-        arch, size = config["arch"], config["size"]
-        places[arch] = places.get(arch, -1) + 1  # rows of one network stand side by side
-        x = cost(build(arch, 1000, size), size)["multiply_adds"] / 1e6 * 1.04 ** places[arch]
+        run, arch = runs[row["runs"][0]], row["arch"]
+        x = run["cost"]["multiply_adds"] / 1e6 * 1.04 ** (places[arch] - (number[arch] - 1) / 2)
+        places[arch] += 1  # rows of one network stand side by side
         kind = in_words(row["title"].replace(f"-{arch}", ""))
-        kind = "teacher" if config["role"] == "teacher" else kind
+        kind = "teacher" if run["config"]["role"] == "teacher" else kind
         auc = [100 * row["figures"]["auc"][k] for k in ("mean", "low", "high")]
         kinds.setdefault(kind, []).append([x, *auc])
     ax = (fig := Figure((8.75, 4.8))).subplots()

@@ -117,25 +117,23 @@ def test_names_of_run_folders_in_words(name, words):
 # ---- AUC by multiply-adds
 
 
-def test_costs_have_a_point_per_row_at_its_multiply_adds(monkeypatch):
-    """Rows of one network stand side by side, and its name in their folders does not make another kind of row. The
-    rows may come from several files."""
-    monkeypatch.setattr(models, "bare_network", lambda arch, aux: torch.nn.Sequential(
-        torch.nn.Conv2d(3, {"small": 2, "large": 200}[arch], 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
-        torch.nn.Linear({"small": 2, "large": 200}[arch], 1000)))
+def test_costs_have_a_point_per_row_at_its_multiply_adds():
+    """Rows of one network stand side by side around its multiply-adds, and its name in their folders does not make
+    another kind of row. The rows may come from several files."""
     rows, runs = [], {}
     for title, arch, *auc in (("baseline", "small", 0.8, 0.7, 0.85), ("student-T4", "small", 0.9, 0.85, 0.95),
                               ("large-seed", "large", 0.95, 0.9, 1.0), ("baseline-large", "large", 0.7, 0.6, 0.8)):
-        rows.append(row(title, *auc))
-        runs[title] = {"config": {"arch": arch, "size": 10, "role": "teacher" if title == "large-seed" else title[:8]}}
+        rows.append({**row(title, *auc), "arch": arch})
+        runs[title] = {"cost": {"multiply_adds": {"small": 7e6, "large": 300e6}[arch]},
+                       "config": {"role": "teacher" if title == "large-seed" else title[:8]}}
     others = {"rows": rows[3:], "runs": {"baseline-large": runs.pop("baseline-large")}}
     ax = plots.costs({"rows": rows[:3], "runs": runs}, others).axes[0]
-    small, large = (100 * 3 * n / 1e6 + n * 1000 / 1e6 for n in (2, 200))  # 10 x 10 pixels, then the head
     handles, kinds = ax.get_legend_handles_labels()
     assert kinds == ["baseline", "student, T 4", "teacher"] and ax.get_xscale() == "log"
     points = [handle.lines[0].get_xydata().tolist() for handle in handles]
-    assert points[0] == [pytest.approx([small, 80]), pytest.approx([large * 1.04, 70])]
-    assert points[1] == [pytest.approx([small * 1.04, 90])] and points[2] == [pytest.approx([large, 95])]
+    half = 1.04**0.5
+    assert points[0] == [pytest.approx([7 / half, 80]), pytest.approx([300 * half, 70])]
+    assert points[1] == [pytest.approx([7 * half, 90])] and points[2] == [pytest.approx([300 / half, 95])]
     bars = handles[0].lines[2][0].get_segments()
     assert [bar[:, 1].tolist() for bar in bars] == [pytest.approx([70, 85]), pytest.approx([60, 80])]
 

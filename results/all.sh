@@ -59,7 +59,7 @@ small() {  # small networks, with random first weights, learn from InceptionV3
 squeezenet() {  # a third small network
   r=runs/squeezenet
   x="$tiny $eight --arch squeezenet1_1 --lr 0.05 --clip 1 $precision"
-  for s in 0 1; do
+  for s in 0 1 2 3 4; do
     t=runs/labels/inception-seed$s twenty="$x --seed $s --labels-per-class 10"
     python train.py --role baseline $twenty --out $r/baseline-20-labels-seed$s
     python train.py --role student $twenty --teacher $r/baseline-20-labels-seed$s --out $r/self-20-labels-seed$s
@@ -74,7 +74,7 @@ squeezenet() {  # a third small network
 alphas() {  # ShuffleNetV2 with all labels: how much weight for the teacher, and which temperature
   r=runs/alphas
   x="$tiny $eight --arch shufflenet_v2_x0_5 --lr 0.05"
-  for s in 0 1 2; do
+  for s in 0 1 2 3 4; do
     t=runs/labels/inception-seed$s
     python train.py --role baseline $x --seed $s --out $r/baseline-seed$s
     for a in 0.5 0.9 1; do
@@ -82,7 +82,7 @@ alphas() {  # ShuffleNetV2 with all labels: how much weight for the teacher, and
     done
     python train.py --role student $x --seed $s --teacher $t --T 4 --out $r/T4-seed$s
   done
-  python evaluate.py $r runs/labels/inception-seed[012] --json results/alphas.json
+  python evaluate.py $r runs/labels/inception-seed* --json results/alphas.json
 }
 
 patient() {  # Beyer et al.: student and teacher see the same augmented image, and training takes long

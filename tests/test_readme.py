@@ -339,9 +339,10 @@ ROWS = {  # the run folders of a table's rows, from top to bottom, without -seed
     "demo": "teacher baseline student-T1 self-distilled baseline-all-labels",
 }
 PAIRS = {  # the same for tables of gains: each baseline and its students, from left to right, and the rows
-    "labels": (["alone- taught- self-"], "10 30 100 300"),
-    "draws": (["alone- taught- self-"], "0 1 2 3 4"),
-    "patient": (["baseline- precomputed-", "augmented-baseline- consistent-"], "8 40"),
+    "labels": (["alone-{0} taught-{0} self-{0}"], "10 30 100 300"),
+    "draws": (["alone-{0} taught-{0} self-{0}"], "0 1 2 3 4"),
+    "patient": (["{1}baseline-{0} {1}precomputed-{0}", "{1}augmented-baseline-{0} {1}consistent-{0}"],
+                "8: 40:"),
 }
 
 
@@ -369,11 +370,11 @@ def test_a_gain_stands_beside_its_student(name):
     groups, keys = PAIRS[name]
     for [_, *cells], key in zip(rows, keys.split(), strict=True):
         cells = iter(cells)
-        for baseline, *students in (group.split() for group in groups):
-            assert fits(next(cells), auc[baseline + key]), (name, key, baseline)
+        for baseline, *students in (group.format(*key.split(":")).split() for group in groups):
+            assert fits(next(cells), auc[baseline]), baseline
             for student in students:
-                assert fits(next(cells), auc[student + key]), (name, key, student)
-                assert fits(next(cells), gains[student + key, baseline + key], "+"), (name, key, student)
+                assert fits(next(cells), auc[student]), student
+                assert fits(next(cells), gains[student, baseline], "+"), student
         assert not [*cells]
 
 

@@ -489,12 +489,13 @@ def check_flags(p, args):
         check_settings(args.T, args.alpha)
     except ValueError as error:
         p.error(str(error))
-    world = int(os.environ.get("WORLD_SIZE", 1))  # processes, set by torchrun
-    batches = {"batch_size": (2 * world, 1e9)}  # BatchNorm needs two images per process
-    for flag, (low, high) in (LIMITS | batches).items():
+    for flag, (low, high) in LIMITS.items():
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:  # also rejects NaN
             p.error(f"--{flag.replace('_', '-')} is {value}, expected {low:g} to {high:g}")
+    if args.batch_size < (least := 2 * int(os.environ.get("WORLD_SIZE", 1))):  # set by torchrun
+        p.error(f"--batch-size is {args.batch_size}, expected {least} or more, because BatchNorm "
+                f"needs two images per process")
     if args.teacher and args.role != "student":
         p.error(f"--teacher belongs to --role student; a {args.role} is trained on labels only")
     if Path(args.out).resolve() in {Path(t).resolve() for t in args.teacher or []}:

@@ -87,15 +87,18 @@ alphas() {  # ShuffleNetV2 with all labels: how much weight for the teacher, and
 
 patient() {  # Beyer et al.: student and teacher see the same augmented image, and training takes long
   r=runs/patient
-  x="$tiny --steps-per-epoch 37 --arch shufflenet_v2_x0_5 --lr 0.02 --labels-per-class 10 $precision"
-  for s in 0 1; do
-    t=runs/labels/inception-seed$s
+  for s in 0 1 2; do
     for e in 8 40; do
-      length="--epochs $e --lr-step $((e * 3 / 8)) --seed $s"
-      python train.py --role baseline $x $length --out $r/baseline-$e-seed$s
-      python train.py --role baseline $x $length --augment --out $r/augmented-baseline-$e-seed$s
-      python train.py --role student $x $length --teacher $t --out $r/precomputed-$e-seed$s
-      python train.py --role student $x $length --teacher $t --augment --out $r/consistent-$e-seed$s
+      for name in "" all-labels-; do
+        if [ $name ]; then labels="--lr 0.05"; else labels="--lr 0.02 --labels-per-class 10"; fi
+        x="$tiny --arch shufflenet_v2_x0_5 --steps-per-epoch 37 --epochs $e --lr-step $((e * 3 / 8)) $precision"
+        baseline="--role baseline $x $labels --seed $s"
+        student="--role student $x $labels --seed $s --teacher runs/labels/inception-seed$s"
+        python train.py $baseline --out $r/${name}baseline-$e-seed$s
+        python train.py $baseline --augment --out $r/${name}augmented-baseline-$e-seed$s
+        python train.py $student --out $r/${name}precomputed-$e-seed$s
+        python train.py $student --augment --out $r/${name}consistent-$e-seed$s
+      done
     done
   done
   python evaluate.py $r --json results/patient.json
@@ -232,9 +235,9 @@ findings() {
   python evaluate.py runs/findings --json results/findings.json
 }
 
-mura() {  # normal, reversed and defective teachers of seven body parts
+mura() {  # normal, reversed and defective teachers, for seven body parts
   x="--data MURA-v1.1 --recipe mura" r=runs/mura
-  python train.py --role teacher $x
+  python train.py --role baseline $x --arch seresnet50 --out $r/teacher  # also the baseline of "reversed"
   python train.py --role baseline $x
   python train.py --role teacher $x --stop-at 0.5 --steps-per-epoch 50 --out $r/stopped
   python train.py --role student $x --out $r/normal

@@ -139,7 +139,7 @@ def test_every_command_of_the_readme_runs(miniatures):
 
 
 def test_every_command_of_all_sh_runs(miniatures):
-    assert len(list(typed(ALL))) >= 60
+    assert len(list(typed(ALL))) >= 90 and not blocks(RESULTS, "bash", "sh")
 
 
 def test_parts_of_all_sh_do_not_change_each_other():
@@ -376,6 +376,23 @@ def test_a_gain_stands_beside_its_student(name):
                 assert fits(next(cells), auc[student]), student
                 assert fits(next(cells), gains[student, baseline], "+"), student
         assert not [*cells]
+
+
+def test_figures_that_stand_in_sentences():
+    """Two experiments without a table: other choices of 20 labels, and several findings per image."""
+    def auc(title, minus):
+        gains = results("choices")["gains"]
+        return next(g["figures"]["auc"] for g in gains if (g["title"], g["minus"]) == (title, minus))
+
+    cells = re.search(r"other choices of the 20 .*? is (\+.*?) and (\+.*?)\. .*? is (\+.*?) and (\+.*?) \(", one_line(RESULTS))
+    for cell, kind, i in zip(cells.groups(), ("student", "student", "self", "self"), (1, 2, 1, 2), strict=True):
+        assert fits(cell, auc(f"{kind}-{i}", f"baseline-{i}"), "+"), (cell, kind)
+    text = re.search(r"AUCs of teacher and baseline are ([\d.]+), and .*? is ([\d.]+ \[.*?\])\..* is (-[\d.]+) .*?(\[.*?\])",
+                     one_line(RESULTS.split("## Several")[1])).groups()
+    found, [gain] = networks(results("findings")), results("findings")["gains"]
+    assert fits(text[0], found["teacher"]["auc"]) and fits(text[0], found["baseline"]["auc"])
+    assert fits(text[1], found["baseline"]["accuracy"])
+    assert fits(f"{text[2]} {text[3]}", gain["figures"]["accuracy"], "+")
 
 
 def test_the_tables_of_two_figures_per_cell():

@@ -342,7 +342,7 @@ PAIRS = {  # the same for tables of gains: each baseline and its students, from 
     "labels": (["alone-{0} taught-{0} self-{0}"], "10 30 100 300"),
     "draws": (["alone-{0} taught-{0} self-{0}"], "0 1 2 3 4"),
     "patient": (["{1}baseline-{0} {1}precomputed-{0}", "{1}augmented-baseline-{0} {1}consistent-{0}"],
-                "8: 40:"),
+                "8: 40: 8:all-labels- 40:all-labels-"),
 }
 
 

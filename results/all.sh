@@ -67,6 +67,12 @@ squeezenet() {  # a third small network
     python train.py --role baseline $x --seed $s --out $r/baseline-all-labels-seed$s
     python train.py --role student $x --seed $s --teacher $t --out $r/student-all-labels-seed$s
   done
+  for s in 0 1 2; do
+    all="--role student $x --seed $s --teacher runs/labels/inception-seed$s"
+    python train.py $all --alpha 0.5 --out $r/student-alpha0.5-seed$s
+    python train.py $all --alpha 1 --out $r/student-alpha1-seed$s
+    python train.py $all --T 4 --out $r/student-T4-seed$s
+  done
   python evaluate.py $r --json results/squeezenet.json
   python figures/plots.py costs results/small.json results/squeezenet.json figures/small.svg
 }

@@ -331,7 +331,8 @@ ROWS = {  # the run folders of a table's rows, from top to bottom, without -seed
     "small": "inception baseline-20-labels student-20-labels self-20-labels baseline-all-labels student-all-labels "
              "student-alpha1 baseline-20-labels-mobilenet_v3_small student-20-labels-mobilenet_v3_small "
              "baseline-all-labels-mobilenet_v3_small student-all-labels-mobilenet_v3_small",
-    "squeezenet": "baseline-20-labels student-20-labels self-20-labels baseline-all-labels student-all-labels",
+    "squeezenet": "baseline-20-labels student-20-labels self-20-labels baseline-all-labels student-all-labels "
+                  "student-alpha0.5 student-alpha1 student-T4",
     "alphas": "inception baseline alpha0.5 alpha0.9 alpha1 T4",
     "xrays": "- inception inception-head vgg16 alexnet alexnet-smoothed T1 T1-alpha0.5 T1-alpha1 T1-two-teachers "
              "T1-of-head",

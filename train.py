@@ -494,8 +494,7 @@ def check_flags(p, args):
         if value is not None and not low <= value <= high:  # also rejects NaN
             p.error(f"--{flag.replace('_', '-')} is {value}, expected {low:g} to {high:g}")
     if args.batch_size < (least := 2 * int(os.environ.get("WORLD_SIZE", 1))):  # set by torchrun
-        p.error(f"--batch-size is {args.batch_size}, expected {least} or more, because BatchNorm "
-                f"needs two images per process")
+        p.error(f"--batch-size is {args.batch_size}, expected {least} or more (2 per process)")
     if args.teacher and args.role != "student":
         p.error(f"--teacher belongs to --role student; a {args.role} is trained on labels only")
     if Path(args.out).resolve() in {Path(t).resolve() for t in args.teacher or []}:
@@ -526,8 +525,9 @@ def main(argv=None):
     try:
         train(args)
     finally:
-        with suppress(OSError):
-            os.rmdir(args.out)  # only if it is empty: a mistake leaves nothing behind
+        if not processes()[0]:  # the others may end before process 0 has saved
+            with suppress(OSError):
+                os.rmdir(args.out)  # only if it is empty: a mistake leaves nothing behind
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -300,6 +300,16 @@ def test_two_killed_processes_resume_to_the_same_bits(folder, results):
     assert facts["epoch"] == 2 and torch.equal(last, results[0]["run"]["weights"][-1])
 
 
+def test_process_1_does_not_remove_the_folder_of_process_0(monkeypatch, tmp_path):
+    """It may end while process 0 is about to write its first best.pt there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # main() replaces it
+    monkeypatch.setattr(train, "processes", lambda: (1, 2))
+    monkeypatch.setattr(train, "train", lambda args: None)
+    train.main(["--role", "teacher", "--out", "run"])
+    assert Path("run").is_dir()
+
+
 def test_a_batch_too_small_for_two_processes_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.get_args(["--role", "teacher", "--batch-size", "4"]).batch_size == 4

@@ -14,7 +14,7 @@ xrays="--data data/chest_xray --weights ${WEIGHTS:-imagenet}"
 few="--steps-per-epoch 37 --epochs 5"  # 37 steps: an epoch of all labels at the recipe's batch
 precision=${PRECISION:+--precision $PRECISION}
 inception="--data data/chest_xray --weights ${TEACHER_WEIGHTS:-imagenet} --size 128 --epochs 3 $precision"
-tiny="--data data/chest_xray --weights none --finetune all --size 96 --batch-size 64 --lr-gamma 0.3"
+tiny="--weights none --finetune all --size 96 --batch-size 64 --lr-gamma 0.3"
 eight="--steps-per-epoch 74 --epochs 8 --lr-step 3"
 
 demo() {
@@ -35,7 +35,7 @@ demo() {
 small() {  # small networks, with random first weights, learn from InceptionV3
   r=runs/small
   for s in 0 1 2 3 4; do
-    t=runs/labels/inception-seed$s x="$tiny $eight --arch shufflenet_v2_x0_5 --seed $s"
+    t=runs/labels/inception-seed$s x="--data data/chest_xray $tiny $eight --arch shufflenet_v2_x0_5 --seed $s"
     twenty="$x --lr 0.02 --labels-per-class 10" all="$x --lr 0.05"
     python train.py --role teacher $inception --seed $s --out $t
     python train.py --role baseline $twenty --out $r/baseline-20-labels-seed$s
@@ -46,8 +46,8 @@ small() {  # small networks, with random first weights, learn from InceptionV3
     python train.py --role student $all --teacher $t --alpha 1 --out $r/student-alpha1-seed$s
   done
   for s in 0 1 2; do
-    t=runs/labels/inception-seed$s x="$tiny $eight --arch mobilenet_v3_small --lr 0.05 --seed $s"
-    m=mobilenet_v3_small-seed$s
+    t=runs/labels/inception-seed$s m=mobilenet_v3_small-seed$s
+    x="--data data/chest_xray $tiny $eight --arch mobilenet_v3_small --lr 0.05 --seed $s"
     python train.py --role baseline $x --labels-per-class 10 --out $r/baseline-20-labels-$m
     python train.py --role student $x --labels-per-class 10 --teacher $t --out $r/student-20-labels-$m
     python train.py --role baseline $x --out $r/baseline-all-labels-$m
@@ -58,7 +58,7 @@ small() {  # small networks, with random first weights, learn from InceptionV3
 
 squeezenet() {  # a third small network
   r=runs/squeezenet
-  x="$tiny $eight --arch squeezenet1_1 --lr 0.05 --clip 1 $precision"
+  x="--data data/chest_xray $tiny $eight --arch squeezenet1_1 --lr 0.05 --clip 1 $precision"
   for s in 0 1 2 3 4; do
     t=runs/labels/inception-seed$s twenty="$x --seed $s --labels-per-class 10"
     python train.py --role baseline $twenty --out $r/baseline-20-labels-seed$s
@@ -79,7 +79,7 @@ squeezenet() {  # a third small network
 
 alphas() {  # ShuffleNetV2 with all labels: how much weight for the teacher, and which temperature
   r=runs/alphas
-  x="$tiny $eight --arch shufflenet_v2_x0_5 --lr 0.05"
+  x="--data data/chest_xray $tiny $eight --arch shufflenet_v2_x0_5 --lr 0.05"
   for s in 0 1 2 3 4; do
     t=runs/labels/inception-seed$s
     python train.py --role baseline $x --seed $s --out $r/baseline-seed$s
@@ -97,9 +97,9 @@ patient() {  # Beyer et al.: student and teacher see the same augmented image, a
     for e in 8 40; do
       for name in "" all-labels-; do
         if [ $name ]; then labels="--lr 0.05"; else labels="--lr 0.02 --labels-per-class 10"; fi
-        x="$tiny --arch shufflenet_v2_x0_5 --steps-per-epoch 37 --epochs $e --lr-step $((e * 3 / 8)) $precision"
-        baseline="--role baseline $x $labels --seed $s"
-        student="--role student $x $labels --seed $s --teacher runs/labels/inception-seed$s"
+        x="--data data/chest_xray $tiny --arch shufflenet_v2_x0_5 $labels $precision --seed $s"
+        x="$x --steps-per-epoch 37 --epochs $e --lr-step $((e * 3 / 8))"
+        baseline="--role baseline $x" student="--role student $x --teacher runs/labels/inception-seed$s"
         python train.py $baseline --out $r/${name}baseline-$e-seed$s
         python train.py $baseline --augment --out $r/${name}augmented-baseline-$e-seed$s
         python train.py $student --out $r/${name}precomputed-$e-seed$s
@@ -112,8 +112,7 @@ patient() {  # Beyer et al.: student and teacher see the same augmented image, a
 
 choices() {  # other choices of the small student's 20 labels
   r=runs/small t=runs/labels/inception-seed0
-  steps="--size 96 --batch-size 64 --steps-per-epoch 74 --lr-gamma 0.3 --epochs 8 --lr-step 3"
-  x="--weights none --finetune all --arch shufflenet_v2_x0_5 $steps --lr 0.02 --labels-per-class 10"
+  x="$tiny $eight --arch shufflenet_v2_x0_5 --lr 0.02 --labels-per-class 10"
   python results/draws.py data/chest_xray 1 2
   for d in 1 2; do
     drawn="--data data/draw-$d --val-fraction 0.9306 $x"

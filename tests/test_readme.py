@@ -50,8 +50,8 @@ def results(name):
 
 
 def commands(page, parts=None):
-    """Yield every command of a page, with variables expanded by the shell, and the first turn of each loop.
-    parts: of all.sh, by default all of them in one shell."""
+    """Yield every command of a page, with variables expanded by the shell, and of each loop over a single
+    letter the first turn. parts: of all.sh, by default all of them in one shell."""
     for block in [page] if page.startswith("#!") else blocks(page, "bash", "sh"):
         block = re.sub(r"for (\w) in (\S+)[^;\n]*;", r"for \1 in \2;", block)
         block = re.sub(r"python3 -m venv.*?requirements.txt|pip install.*", "", block.replace("\\\n", " "))
@@ -385,15 +385,17 @@ def test_figures_that_stand_in_sentences():
         gains = results("choices")["gains"]
         return next(g["figures"]["auc"] for g in gains if (g["title"], g["minus"]) == (title, minus))
 
-    cells = re.search(r"other choices of the 20 .*? is (\+.*?) and (\+.*?)\. .*? is (\+.*?) and (\+.*?) \(", one_line(RESULTS))
-    for cell, kind, i in zip(cells.groups(), ("student", "student", "self", "self"), (1, 2, 1, 2), strict=True):
+    pair = r".*? is (\+.*?) and (\+.*?)"
+    cells = re.search(rf"other choices of the 20 {pair}\. {pair} \(", one_line(RESULTS)).groups()
+    for cell, kind, i in zip(cells, ("student", "student", "self", "self"), (1, 2, 1, 2), strict=True):
         assert fits(cell, auc(f"{kind}-{i}", f"baseline-{i}"), "+"), (cell, kind)
-    text = re.search(r"AUCs of teacher and baseline are ([\d.]+), and .*? is ([\d.]+ \[.*?\])\..* is (-[\d.]+) .*?(\[.*?\])",
-                     one_line(RESULTS.split("## Several")[1])).groups()
+    section = one_line(RESULTS.split("## Several")[1])
+    both, accuracy = re.search(r"teacher and baseline are ([\d.]+), .*? is ([\d.]+ \[.*?\])", section).groups()
+    change, interval = re.search(r"gain is (-[\d.]+) .*?(\[.*?\])", section).groups()
     found, [gain] = networks(results("findings")), results("findings")["gains"]
-    assert fits(text[0], found["teacher"]["auc"]) and fits(text[0], found["baseline"]["auc"])
-    assert fits(text[1], found["baseline"]["accuracy"])
-    assert fits(f"{text[2]} {text[3]}", gain["figures"]["accuracy"], "+")
+    assert fits(both, found["teacher"]["auc"]) and fits(both, found["baseline"]["auc"])
+    assert fits(accuracy, found["baseline"]["accuracy"])
+    assert fits(f"{change} {interval}", gain["figures"]["accuracy"], "+")
 
 
 def test_the_tables_of_two_figures_per_cell():

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -893,7 +892,7 @@ def test_only_process_0_removes_half_written_files(rank, monkeypatch, tmp_path):
     part = tmp_path / ".history.csv.01234567.part"
     part.write_text("half of it")
     monkeypatch.setattr(train, "processes", lambda: (rank, 2))
-    assert train.resume(SimpleNamespace(out=tmp_path), {}, None, None) == ([], None)
+    assert train.resume(types.SimpleNamespace(out=tmp_path), {}, None, None) == ([], None)
     assert part.exists() == (rank == 1)
 
 

@@ -1,7 +1,7 @@
 """Draw the figures of the pages. This script alone needs matplotlib: pip install matplotlib
 
     python figures/plots.py table results/demo.json figures/demo.svg       a file of evaluate --json
-    python figures/plots.py curves figures/demo-curves.svg runs/demo/*     folders of train.py
+    python figures/plots.py curves curves.svg runs/demo/*                  folders of train.py
     python figures/plots.py labels results/labels.json figures/labels.svg  a file of evaluate --json
     python figures/plots.py costs results/small.json figures/small.svg     or several such files
     python figures/plots.py cams cams.png RUN [RUN ...]           Grad-CAM of a few test images

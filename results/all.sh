@@ -28,8 +28,6 @@ demo() {
   done
   python evaluate.py runs/demo --json results/demo.json
   python figures/plots.py table results/demo.json figures/demo.svg
-  python figures/plots.py curves figures/demo-curves.svg runs/demo/teacher-seed* runs/demo/baseline-seed* \
-    runs/demo/student-T1-seed*
 }
 
 small() {  # small networks, with random first weights, learn from InceptionV3
@@ -65,10 +63,8 @@ squeezenet() {  # a third small network
     python train.py --role student $twenty --teacher $r/baseline-20-labels-seed$s --out $r/self-20-labels-seed$s
     python train.py --role student $twenty --teacher $t --out $r/student-20-labels-seed$s
     python train.py --role baseline $x --seed $s --out $r/baseline-all-labels-seed$s
-    python train.py --role student $x --seed $s --teacher $t --out $r/student-all-labels-seed$s
-  done
-  for s in 0 1 2; do
-    all="--role student $x --seed $s --teacher runs/labels/inception-seed$s"
+    all="--role student $x --seed $s --teacher $t"
+    python train.py $all --out $r/student-all-labels-seed$s
     python train.py $all --alpha 0.5 --out $r/student-alpha0.5-seed$s
     python train.py $all --alpha 1 --out $r/student-alpha1-seed$s
     python train.py $all --T 4 --out $r/student-T4-seed$s

@@ -295,7 +295,7 @@ def test_cells_of_the_results_stand_in_their_files():
                 figure = re.sub(r" \[.*| ± .*| \(.*", "", part)
                 assert not figure or f" {figure}" in measured, (name, cell)
     with_runs = {path.stem for path in (ROOT / "results").glob("*.json") if "runs" in results(path.stem)}
-    assert files == with_runs - {"temperatures-h100", "ten", "augmented", "choices", "findings"}  # sentences have their figures
+    assert files == with_runs - {"temperatures-h100", "ten", "augmented", "choices", "draws", "findings"}  # in sentences
 
 
 def networks(content):
@@ -341,7 +341,6 @@ ROWS = {  # the run folders of a table's rows, from top to bottom, without -seed
 }
 PAIRS = {  # the same for tables of gains: each baseline and its students, from left to right, and the rows
     "labels": (["alone-{0} taught-{0} self-{0}"], "10 30 100 300"),
-    "draws": (["alone-{0} taught-{0} self-{0}"], "0 1 2 3 4"),
     "patient": (["{1}baseline-{0} {1}precomputed-{0}", "{1}augmented-baseline-{0} {1}consistent-{0}"],
                 "8: 40: 8:all-labels- 40:all-labels-"),
 }
@@ -380,7 +379,7 @@ def test_a_gain_stands_beside_its_student(name):
 
 
 def test_figures_that_stand_in_sentences():
-    """Two experiments without a table: other choices of 20 labels, and several findings per image."""
+    """Three experiments without a table: other choices of 20 labels, twice, and several findings per image."""
     def auc(title, minus):
         gains = results("choices")["gains"]
         return next(g["figures"]["auc"] for g in gains if (g["title"], g["minus"]) == (title, minus))
@@ -389,6 +388,9 @@ def test_figures_that_stand_in_sentences():
     cells = re.search(rf"other choices of the 20 {pair}\. {pair} \(", one_line(RESULTS)).groups()
     for cell, kind, i in zip(cells, ("student", "student", "self", "self"), (1, 2, 1, 2), strict=True):
         assert fits(cell, auc(f"{kind}-{i}", f"baseline-{i}"), "+"), (cell, kind)
+    ranges = re.search(r"from ([\d.]+) to ([\d.]+) .*? is ([\d.]+) to ([\d.]+) with", one_line(RESULTS.split("## Who")[1]))
+    runs = [over_runs("draws", "auc", f"draws/{way}-") for way in ("alone", "taught")]
+    assert ranges.groups() == tuple(f"{x:.1f}" for values in runs for x in (values.min(), values.max()))
     section = one_line(RESULTS.split("## Several")[1])
     both, accuracy = re.search(r"teacher and baseline are ([\d.]+), .*? is ([\d.]+ \[.*?\])", section).groups()
     change, interval = re.search(r"gain is (-[\d.]+) .*?(\[.*?\])", section).groups()
@@ -396,6 +398,25 @@ def test_figures_that_stand_in_sentences():
     assert fits(both, found["teacher"]["auc"]) and fits(both, found["baseline"]["auc"])
     assert fits(accuracy, found["baseline"]["accuracy"])
     assert fits(f"{change} {interval}", gain["figures"]["accuracy"], "+")
+
+
+def test_shares_of_healthy_images_that_are_called_sick():
+    """A range in a sentence is that of the means over seeds: on the README of all networks with all labels, on the
+    results page of all networks of the paper's part, and of all small networks of the first table."""
+    def shares(name, every_label=False):
+        groups = {}
+        for path, run in results(name).get("runs", {}).items():
+            config, title = run["config"], re.sub(r"seed\d+$", "", path)
+            part = config.get("per_class") or every_label and config.get("labels_per_class")
+            if run["classes"] == ["NORMAL", "PNEUMONIA"] and config["data"] == "data/chest_xray" and not part:
+                groups.setdefault(title, []).append(100 - 100 * run["test"]["specificity"])
+        return {title: sum(group) / len(group) for title, group in groups.items()}
+
+    everywhere = [share for path in ROOT.glob("results/*.json") for share in shares(path.stem, True).values()]
+    small = [share for title, share in shares("small").items() if "inception" not in title]
+    for page, found in ((README, everywhere), (RESULTS, small), (RESULTS, [*shares("xrays").values()])):
+        assert len(found) >= 10
+        assert f"call {min(found):.0f} to {max(found):.0f} % of the healthy" in one_line(page)
 
 
 def test_the_tables_of_two_figures_per_cell():

@@ -119,7 +119,7 @@ def costs(*contents):
 
 def cams(folders, only_mistakes=False):
     """Draw Grad-CAM of test images, a row per image and a column per run; None if there are none.
-    Heat lies over what speaks for an image's true class, whatever class the run predicts."""
+    Heat lies over what raises the score of an image's true class, whatever class is predicted."""
     from data import UserError, prepare
     from models import grad_cam
     runs = [(Path(folder).name, *run) for folder in folders if (run := load(folder))]
@@ -128,8 +128,8 @@ def cams(folders, only_mistakes=False):
     data = runs[0][2]
     if any((d.classes, d.test.ids) != (data.classes, data.test.ids) for _, _, d, _ in runs):
         raise UserError("different test images or classes: draw these runs in separate calls")
-    targets, calls, said = judge(data.test.labels.numpy(), np.stack([p for *_, p in runs]))
-    chosen = choose(targets, calls, said, data.test.groups, only_mistakes)
+    targets, calls, sure = judge(data.test.labels.numpy(), np.stack([p for *_, p in runs]))
+    chosen = choose(targets, calls, sure, data.test.groups, only_mistakes)
     if not chosen:
         return print("the drawn runs make no mistake, so nothing is written")
     names = [*data.classes, *(f"no {name}" for name in data.classes)]
@@ -141,7 +141,7 @@ def cams(folders, only_mistakes=False):
         ax.set_xlabel(names[targets[i]])
         if hasattr(data.test, "masks") and data.test.masks[i].any():  # a phantom's opacities
             ax.contour(data.test.masks[i].numpy(), levels=[0.5], colors="#ff5a00", linewidths=1)
-    for column, (name, model, own, _), call, p in zip(grid.T[1:], runs, calls, said, strict=True):
+    for column, (name, model, own, _), call, p in zip(grid.T[1:], runs, calls, sure, strict=True):
         images = own.test.images[chosen]  # of the size that this run was trained on
         x = prepare(images, next(model.parameters()).device)
         heats = grad_cam(model, x, targets[chosen].tolist()).cpu().numpy()
@@ -180,11 +180,11 @@ def judge(labels, p):
     p = p[:, np.arange(len(targets)), targets]
     return targets, targets + labels.shape[1] * (p <= 0.5), np.maximum(p, 1 - p)
 
-def choose(targets, calls, said, patients, only_mistakes=False):
+def choose(targets, calls, sure, patients, only_mistakes=False):
     """Return the rows to draw, one per patient: up to 3 mistakes, the most confident on top, then
     images that all runs call correctly, of each class in turn. Or else up to 12 mistakes."""
     missed = (calls != targets).any(0).tolist()
-    confidence = np.where(missed, (said * (calls != targets)).max(0), said.mean(0))
+    confidence = np.where(missed, (sure * (calls != targets)).max(0), sure.mean(0))
     surest = {}  # of each patient one mistake and one image that is called correctly
     for i in np.argsort(-confidence, kind="stable").tolist():
         if targets[i] >= 0:

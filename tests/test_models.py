@@ -179,9 +179,9 @@ def test_freezing_only_freezes_no_weight_changes_by_it(finetune):
     assert same(before, model.state_dict())
     inside = {id(layer) for layer in trainable.modules()}
     for layer in model.modules():
-        learns = finetune == "all" or id(layer) in inside
-        assert all(p.requires_grad == learns for p in layer.parameters(recurse=False))
-        assert learns or not layer.training  # BatchNorm's averages and dropout rest as well
+        is_trainable = finetune == "all" or id(layer) in inside
+        assert all(p.requires_grad == is_trainable for p in layer.parameters(recurse=False))
+        assert is_trainable or not layer.training  # BatchNorm's averages and dropout rest as well
 
 
 @pytest.mark.parametrize("arch", ["alexnet", "googlenet", "shufflenet_v2_x0_5", "squeezenet1_1", "densenet121"])

@@ -421,8 +421,8 @@ def test_a_student_at_alpha_zero_is_the_baseline_to_the_bit(
     for alpha in ("0", "0.5"):
         run(*flags, "--teacher", "teacher", "--alpha", alpha, "--out", alpha, role="student")
     assert alike("baseline", "0") and not alike("baseline", "0.5")
-    for alone, taught in zip(history("baseline"), history("0"), strict=True):
-        different = {name for name in alone if alone[name] != taught[name]}
+    for baseline, student in zip(history("baseline"), history("0"), strict=True):
+        different = {name for name in baseline if baseline[name] != student[name]}
         assert different <= {"seconds", "soft"}  # soft is watched, and moves nothing
     labels = [torch.cat([y for _, y, _ in epoch.batches]) for epoch in epochs]
     assert all(len(y) == 3 * 8 and (y >= 0).all() for y in labels[:4])  # 8 images in each of 3 passes
@@ -909,7 +909,7 @@ def teacher_source(args, images):
     return train.load_teachers(args, images, CPU)[0]
 
 
-def taught(args, images):
+def logits_of(args, images):
     """Return the logits of the teachers of a run for all of its training images."""
     return teacher_source(args, images)(torch.arange(len(images.train.labels)))
 
@@ -937,7 +937,7 @@ def test_a_teacher_reads_each_image_at_its_own_size(few_phantoms):
     images, large = data.load("phantoms", 32), data.load("phantoms", 48).train
     assert large.ids == images.train.ids
     logits = models.load_checkpoint("teacher")[0](data.prepare(large.images, CPU))
-    assert torch.allclose(taught(student("--teacher", "teacher"), images), logits, atol=1e-5)
+    assert torch.allclose(logits_of(student("--teacher", "teacher"), images), logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("augment", [(), ("--augment",)])
@@ -980,7 +980,7 @@ def test_changed_inputs_recompute_teacher_logits(few_phantoms, monkeypatch):
     def check(turn=lambda logits: logits):
         images = data.load("phantoms", 32)
         logits = models.load_checkpoint("teacher")[0](data.prepare(images.train.images, CPU))
-        assert torch.allclose(taught(args, images), turn(logits), atol=1e-5)
+        assert torch.allclose(logits_of(args, images), turn(logits), atol=1e-5)
         return len(list(Path("cache").glob("teacher-tiny-*.npy")))
 
     assert check() == check() == 1
@@ -1028,7 +1028,7 @@ def test_several_teachers_are_averaged(few_phantoms):
     run("--out", "a")
     run("--out", "b", "--seed", "1")
     images = data.load("phantoms", 32)
-    both, a, b = (taught(student("--teacher", *names, "--T", "2"), images) for names in (["a", "b"], ["a"], ["b"]))
+    both, a, b = (logits_of(student("--teacher", *names, "--T", "2"), images) for names in (["a", "b"], ["a"], ["b"]))
     alone = [(logits / 2).softmax(1) for logits in (a, b)]
     assert not torch.allclose(*alone, atol=1e-4)
     assert torch.allclose((both / 2).softmax(1), (alone[0] + alone[1]) / 2, atol=1e-6)

@@ -98,19 +98,19 @@ def labels(content):
 
 def costs(*contents):
     """Test AUC of every row by the multiply-adds of its network, with 95 % intervals."""
-    number = Counter(row["arch"] for c in contents for row in c["rows"])
-    kinds, places = {}, Counter()  # kinds: {what was trained: [(multiply-adds, AUC, low, high)]}
-    for runs, row in [(c["runs"], row) for c in contents for row in c["rows"]]:
-        run, arch = runs[row["runs"][0]], row["arch"]
+    rows = [(row, c["runs"][row["runs"][0]]) for c in contents for row in c["rows"]]
+    ticks = {run["cost"]["multiply_adds"] / 1e6: row["arch"] for row, run in rows}
+    number, places, kinds = Counter(row["arch"] for row, _ in rows), Counter(), {}
+    for row, run in rows:
+        arch, auc, kind = row["arch"], row["figures"]["auc"], run["config"]["role"]
+        kind = in_words(row["title"].replace(f"-{arch}", "")) if kind != "teacher" else kind
         x = run["cost"]["multiply_adds"] / 1e6 * 1.04 ** (places[arch] - (number[arch] - 1) / 2)
         places[arch] += 1  # rows of one network stand side by side
-        kind = in_words(row["title"].replace(f"-{arch}", ""))
-        kind = "teacher" if run["config"]["role"] == "teacher" else kind
-        auc = [100 * row["figures"]["auc"][k] for k in ("mean", "low", "high")]
-        kinds.setdefault(kind, []).append([x, *auc])
+        kinds.setdefault(kind, []).append([x, *(100 * auc[k] for k in ("mean", "low", "high"))])
     ax = (fig := Figure((8.75, 4.8))).subplots()
-    ax.set(xscale="log", xlabel="multiply-adds per image, millions",
-           title="test AUC, %, and 95 % interval")
+    ax.set(xscale="log", xlabel="million multiply-adds", title="test AUC, %, and 95 % interval")
+    names = [f"{x:.0f}\n{arch}".replace("_v", "\nv") for x, arch in ticks.items()]
+    ax.set_xticks([*ticks], names, fontsize="small")
     for k, (kind, points) in enumerate(kinds.items()):
         x, y, low, high = np.array(points).T
         ax.errorbar(x, y, [y - low, high - y], label=kind, fmt="os^Dv*PX"[k % 8])

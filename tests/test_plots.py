@@ -130,6 +130,7 @@ def test_costs_have_a_point_per_row_at_its_multiply_adds():
     ax = plots.costs({"rows": rows[:3], "runs": runs}, others).axes[0]
     handles, kinds = ax.get_legend_handles_labels()
     assert kinds == ["baseline", "student, T 4", "teacher"] and ax.get_xscale() == "log"
+    assert [*ax.get_xticks()] == [7, 300] and [t.get_text() for t in ax.get_xticklabels()] == ["7\nsmall", "300\nlarge"]
     points = [handle.lines[0].get_xydata().tolist() for handle in handles]
     half = 1.04**0.5
     assert points[0] == [pytest.approx([7 / half, 80]), pytest.approx([300 * half, 70])]

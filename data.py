@@ -1,8 +1,8 @@
-"""Images in, tensors out: a split is one uint8 tensor of images, decoded once and kept in a cache.
-There is no Dataset, no DataLoader and no worker: a batch is `images[rows]`.
+"""Turn images into tensors. A split is one uint8 tensor of images, decoded once and then cached.
+There is no Dataset, DataLoader or worker, because a batch is just `images[rows]`.
 
     data = load("data/chest_xray", size=224)     data.train.images (N, 1, 224, 224), .labels, .ids
-    data = load("phantoms", size=112)            chest X-rays drawn here: no download
+    data = load("phantoms", size=112)            phantoms, drawn by this file without a download
     python data.py data/chest_xray               count and audit a folder
     python data.py --download data/chest_xray    fetch the public set, 1.2 GB
 """
@@ -32,7 +32,7 @@ from PIL import Image, ImageOps
 URL = ("https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/"
        "f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded")
 SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
-PIXELS = 1  # raise it when decode, prepare or the phantoms change: caches are then made again
+PIXELS = 1  # a version number: raise it when decode, prepare or phantoms change, to renew caches
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # ImageNet's
 IMAGE_FILE = re.compile(r"(?i).+\.(jpe?g|png)")  # DICOM files are known by their first bytes
 # A patient's name in a path; person7_virus is another child than person7_bacteria.
@@ -58,12 +58,12 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
     refuse_shared_files(records)
     if data.source not in PHANTOM_SOURCES:  # these have validation images of their own
         carve_validation(records, val_fraction)
-    if per_class:  # after validation: a small subset never trains on what a large one holds back
+    if per_class:  # only now, so that no small subset trains on a large one's validation images
         keep_per_class(records, per_class, val_fraction)
     for r in records:
         if r["split"] == "train" and r["chance"] < wrong_labels and r["label"] != -1:
             r["label"] = (r["label"] + 1) % len(names)
-    for split in ("train", "val", "test"):  # before labels are hidden, so that a gain is possible
+    for split in ("train", "val", "test"):  # before images are left out, since gains compare these
         facts = [(r["id"], r["bytes"], r["label"]) for r in records if r["split"] == split]
         data.fingerprints[split] = fingerprint(facts)
     if labels_per_class is not None:
@@ -78,7 +78,7 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
     data.test_groups = {r[key] for r in records if r["split"] == "test" for key in ("group", "id")}
     for split in splits:
         kinds = {r["kind"] for r in records if r["split"] == split}
-        needed = names[:1] if data.multilabel else names
+        needed = ["any kind"] if data.multilabel else names  # findings all have kind 0
         if missing := [name for k, name in enumerate(needed) if k not in kinds]:
             raise UserError(f"{source} has no {split} images of {', '.join(missing)}. Add patients")
     for split in splits:
@@ -86,7 +86,7 @@ def load(source, size, splits=("train", "val"), per_class=None, labels_per_class
     return data
 
 def load_as(config, size, splits, cache, source=None):
-    """Return load() with the flags of a run's config: the same images for training and judging."""
+    """Return load() with the flags of a run's config, so that evaluation sees the same images."""
     names = ("per_class", "labels_per_class", "classes", "val_fraction", "wrong_labels")
     return load(source or config["data"], size, splits, **{name: config[name] for name in names},
                 unlabelled=config["role"] == "student" and config["alpha"] > 0, cache=cache)
@@ -106,7 +106,7 @@ def load_split(data, records, split, size, cache):
     pixels = cached_array(path, "uint8", shape, blocks)
     digest = hashlib.sha256()
     for i, r in enumerate(folder):
-        if r["split"].startswith(split):  # also "train, left out": a gain needs equal hashes
+        if r["split"].startswith(split):  # with "train, left out", because gains compare hashes
             digest.update(pixels[i, :1].numpy())
     data.fingerprints[f"{split}_pixels"] = digest.hexdigest()[:16]
     rows = torch.tensor([i for i, r in enumerate(folder) if r["split"] == split])
@@ -132,20 +132,20 @@ def list_images(source, classes=None):
     return records, names
 
 def existing_folder(source):
-    """Return the folder of a data set, or say what was expected there."""
+    """Return the folder of a data set, or raise a UserError that says what it should hold."""
     root = Path(source)
-    for folder in (root, root / "chest_xray"):  # archives hold one folder more, or a copy inside
+    for folder in (root, root / "chest_xray"):  # some archives have this folder inside
         if source in PHANTOM_SOURCES or known_csvs(folder) or (folder / "train").is_dir():
             return folder
     there = ", ".join(sorted(folder.name for folder in root.glob("*/"))[:9]) or "no folders"
     raise UserError(f"No such folder: {root}/train. {root} holds {there}. If these are classes, "
-                    f"put them below {root}/train/CLASS and {root}/test/CLASS. Otherwise --data "
-                    "needs another folder. To fetch one: python data.py --download data/chest_xray")
+                    f"put their images in {root}/train/CLASS and {root}/test/CLASS. Otherwise name "
+                    "another folder, or fetch one: python data.py --download data/chest_xray")
 
 # ---- class folders -------------------------------------------------------------------------------
 def record(id, label, folder, path=None, group=None, **more):
-    """label: a class index, -1 for none, or a list of 0, 1 or NaN per finding. kind: the class,
-    even if its label is hidden. chance: the label is made wrong if this is below --wrong-labels."""
+    """Return a record. label: a class index, -1 for none, or a list of 0, 1 or NaN (findings).
+    kind: the label before it is changed, 0 for findings. chance: wrong if below --wrong-labels."""
     return {"id": id, "label": label, "kind": label if isinstance(label, int) else 0, "path": path,
             "folder": folder, "split": folder, "group": group or id,
             "chance": hash_fraction(f"wrong {id}"), **more}
@@ -166,25 +166,25 @@ def list_class_folders(root, classes):
         is_known = class_name in names or class_name == "UNLABELLED" and folder == "train"
         patient = find_patient(path, rest) if path.is_file() else None
         if not (folder and is_known and patient is not None):
-            kind = "/".join([*id.split("/")[:-1][:2], f"*{path.suffix.lower()}"])
+            pattern = "/".join([*id.split("/")[:-1][:2], f"*{path.suffix.lower()}"])
             if class_name[0] != "_":
-                left_out[kind if path.exists() else "links that lead nowhere"].append(id)
+                left_out[pattern if path.exists() else "links that lead nowhere"].append(id)
             continue
         label = names.index(class_name) if class_name in names else -1
         if three and label == 1:
-            if not (kind := re.search("bacteria|virus", rest.lower())):
+            if not (found := re.search("bacteria|virus", rest.lower())):
                 raise UserError(f"--classes 3 expects bacteria or virus in {path}. Use --classes 2")
-            label = 1 + (kind[0] == "virus")
+            label = 1 + (found[0] == "virus")
         records.append(record(id, label, folder, str(path), patient))
-    for kind, ids in sorted(left_out.items()):
-        print_once(f"left out: {len(ids)} {kind}. Expected JPEG, PNG or DICOM files below "
-                   f"train/CLASS/, not {ids[0]}")
+    for pattern, ids in sorted(left_out.items()):
+        print_once(f"left out: {len(ids)} {pattern}. Expected JPEG, PNG or DICOM files below "
+                   f"train/CLASS/ or test/CLASS/, not {ids[0]}")
     if (root / "patients.csv").exists():
         read_patients(root / "patients.csv", records)
     if (n := sum(r["id"].startswith("val/") for r in records)) > 16:
-        print_once(f"val/: its {n} images join the training images, a share of which validates")
+        print_once(f"val/: its {n} images join the training images, before validation is split off")
     if n := sum(r["group"] == r["id"] for r in records):
-        print_once(f"{n} of {len(records)} images have no known patient: each counts as one")
+        print_once(f"{n} of {len(records)} images have no known patient. Each counts as a patient")
     if len(names) == 2 and names[0].upper() != "NORMAL":
         print_once(f"positive: {names[1]}. If that is the healthy class, rename its folder NORMAL")
     names = [name.removeprefix("XR_") for name in names]
@@ -236,8 +236,8 @@ def refuse_shared_files(records):
             raise UserError(f"{first['id']} and {r['id']} are the same file. Remove one of the two")
 
 def carve_validation(records, fraction):
-    """Move whole patients from train to val until every class has given up its fraction of images.
-    A child in both splits would be recognised. Unlabelled images of these patients are not used."""
+    """Move whole patients from train to val until val has that fraction of each class. A network
+    could recognise a patient in both. Unlabelled images of a moved patient are not used."""
     patients = defaultdict(list)
     for r in records:
         if r["split"] == "train":
@@ -251,7 +251,7 @@ def carve_validation(records, fraction):
                 wanted[r["kind"]] -= 1
 
 def keep_per_class(records, per_class, val_fraction):
-    """Keep at most `per_class` images of each class in train and val together."""
+    """Keep `per_class` images of each class at most, in train plus val (of phantoms, in train)."""
     wanted = {"train": per_class}
     if all(r["folder"] != "val" for r in records):  # phantoms keep their own validation images
         wanted["val"] = min(per_class - 1, max(1, round(val_fraction * per_class)))
@@ -302,7 +302,7 @@ def open_image(path):
     return Image.fromarray(np.interp(pixels, [low, high], greys).round().astype(np.uint8))
 
 def decode(path, size):
-    """Return an image as (1, size, size) uint8: grey, and squashed, so that no lung is cut off."""
+    """Return an image as (1, size, size) uint8: grey, and stretched, so that no lung is cut off."""
     with explain(f"{path} cannot be read. Repair or remove it"), open_image(path) as image:
         image.draft("L", (size, size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 if that is enough
         ImageOps.exif_transpose(image, in_place=True)  # upright, if the file says how
@@ -334,11 +334,11 @@ def cached_array(path, dtype, shape, blocks):
         return torch.from_numpy(rows)
 
 def prepare(images, device, affines=None):
-    """Turn uint8 images (B, 1, H, W) into normalised floats (B, 3, H, W). `affines` (B, 2, 3) move
-    them in relative coordinates, so that they serve every image size."""
+    """Turn uint8 images (B, 1, H, W) into normalised floats (B, 3, H, W). `affines` (B, 2, 3) are
+    the augmentation, in relative coordinates, so that the same affines serve every image size."""
     x = images.to(device, non_blocking=True).float()  # (B, 1, H, W), 0 to 255
     if affines is not None:
-        # In double precision, because autocast would compute the coordinates with 8 bits.
+        # In float64, because under autocast a float32 grid would be computed with 8 bits.
         grid = F.affine_grid(affines.to(device).double(), x.shape, align_corners=False)
         x = F.grid_sample(x, grid.float(), align_corners=False)
     # Channels are last in memory from the start: convolutions run up to twice as fast on that.
@@ -365,7 +365,7 @@ def known_csvs(root):
             *((path, list_chexpert, CHEXPERT) for path in root.glob("valid.csv"))]
 
 def list_csv(path, list_rows, findings):
-    """Return a record for every image that a CSV names and that is there, and the findings."""
+    """Return a record per image that the CSV lists and that exists, and the names of findings."""
     with explain(f"{path} is not the CSV that its authors published; fetch it again"):
         records = list(list_rows(path))
     found = [r for r in records if r["path"] and os.path.isfile(r["path"])]
@@ -386,7 +386,7 @@ def files_by_name(root):
     return by_name
 
 def list_chestxray14(path):
-    """List ChestX-ray14: findings separated by |. Two lists beside it name every image."""
+    """Yield records of ChestX-ray14. Two lists beside its CSV assign images to train or test."""
     paths = files_by_name(path.parent)
     with explain(f"test_list.txt and train_val_list.txt are expected beside {path}; fetch both"):
         splits = {id: split for split, name in (("train", "train_val_list"), ("test", "test_list"))
@@ -400,7 +400,7 @@ def list_chestxray14(path):
                      row["Patient ID"])
 
 def list_chexpert(path):
-    """List CheXpert: 1.0, 0.0, -1.0 (unknown) or empty (0). Its valid.csv is our test set."""
+    """List CheXpert's frontal images: 1.0, 0.0, -1.0 (unknown) or empty (0). Test: valid.csv."""
     values = {"": 0.0, "0.0": 0.0, "1.0": 1.0, "-1.0": torch.nan}
     for name, split in (("train.csv", "train"), ("valid.csv", "test")):
         for row in read_csv(path.with_name(name)):
@@ -411,7 +411,7 @@ def list_chexpert(path):
 
 # ---- phantoms: chest X-rays drawn here -----------------------------------------------------------
 PHANTOM_SOURCES = {"phantoms": ["NORMAL", "PNEUMONIA"],
-                   "findings": ["OPACITY", "LARGE_HEART", "FLUID"]}  # several findings an image
+                   "findings": ["OPACITY", "LARGE_HEART", "FLUID"]}  # several findings per image
 PHANTOMS = {"train": (640, 11), "val": (160, 12), "test": (600, 16)}  # images, seed
 
 def phantoms(n, size, seed):
@@ -429,7 +429,7 @@ def list_phantoms(source):
             shows = (torch.rand(n, 3, generator=g) < 0.4).float().tolist()
         chances = torch.rand(n, generator=torch.Generator().manual_seed(1000 + seed)).tolist()
         records += [record(f"phantom-{split}-{i}", shows[i], split, shows=shows[i], bytes=seed,
-                           changed=0, chance=chances[i]) for i in range(n)]  # no file but a seed
+                           changed=0, chance=chances[i]) for i in range(n)]  # bytes: the seed
     return records
 
 def draw_blocks(records, size):
@@ -504,7 +504,7 @@ def draw_chest(chest, size):
 print_once = functools.cache(print)  # load() is called again at a teacher's size
 
 def cli(main):
-    """Call a script's main. A user's mistake is one line and exit code 1, ours a traceback."""
+    """Call a script's main. A user's mistake prints one line (exit code 1), our bug a traceback."""
     try:
         main()
         sys.stdout.flush()  # here and not at exit, where a broken pipe could not be caught
@@ -513,7 +513,7 @@ def cli(main):
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; train.py resumes from the last saved epoch")
+        sys.exit("stopped. Repeat the command (train.py resumes from the last saved epoch)")
 
 @contextmanager
 def explain(sentence):
@@ -521,7 +521,7 @@ def explain(sentence):
     try:
         yield
     except (UserError, NameError, ImportError, ZeroDivisionError, MemoryError):
-        raise  # no file raises these: a mistake of ours keeps its traceback
+        raise  # a UserError explains itself, and the others show the traceback of a bug of ours
     except Exception as error:
         text = " ".join(str(error).split())[:150] or "no more is known"
         raise UserError(f"{sentence} ({type(error).__name__}: {text})") from error
@@ -543,7 +543,7 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 def progress(items, text, total=None):
-    """Pass `items` on and show how far they are, in a terminal or else once per minute."""
+    """Yield the items and print the progress, every 0.5 s in a terminal, else once per minute."""
     total = len(items) if total is None else total
     start = shown = time.perf_counter()
     every, begin, end = (0.5, "\r\033[K", "") if sys.stdout.isatty() else (60, "", "\n")
@@ -603,7 +603,7 @@ def download(folder):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
-    p.add_argument("folder", metavar="FOLDER", help="a folder to audit, or phantoms")
+    p.add_argument("folder", metavar="FOLDER", help="a folder, or: phantoms, findings (built in)")
     p.add_argument("--classes", type=int, choices=[2, 3], help="3: normal, bacterial, viral")
     p.add_argument("--download", action="store_true", help="fetch the public set into a new folder")
     args = p.parse_args(argv)

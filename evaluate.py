@@ -1,14 +1,14 @@
-"""Evaluate runs on the test images. No other script opens the test split.
+"""Evaluate runs on the test images. train.py never decodes the test split.
 
     python evaluate.py runs/demo                             all runs below a folder
-    python evaluate.py runs/demo --json results/demo.json    also keep the tables and all figures
-    python evaluate.py runs/mine --predict new-images        score images that have no label
+    python evaluate.py runs/demo --json results/demo.json    also write the tables and all metrics
+    python evaluate.py runs/mine --predict new-images        write probabilities for new images
 
-A row of the table is a run, or several runs that differ only in their seed: mean and standard
-deviation. Below a figure is its 95 % interval. The last rows are gains, student minus baseline.
-Class 1 is the positive one: sensitivity is the share of its images that are called positive,
-specificity the share of the others that are not. With more classes, each one is taken against the
-rest, and the figures are averaged.
+A row of the table is a run, or the mean ± standard deviation of runs that differ only in the seed.
+Below each number is its 95 % interval. The last rows are gains, student minus baseline. Of two
+classes, the second is positive. Sensitivity is the accuracy on its images, specificity that on the
+others. With more classes, AUC, sensitivity, specificity, precision and F1 are means over the
+classes, each against the rest.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from data import (Help, UserError, atomic, cli, decode, explain, files_below, fi
                   progress)
 from models import cost, forward, from_images, load_run, refuse_foreign, run_file, state_of
 
-# What comparisons of configs leave out: paths, whose contents have hashes in the config; seeds and
-# what follows from them; and, for a gain, everything that distillation consists of.
+# Names that comparisons of configs ignore: where things are (hashes in the config identify those
+# that matter), what depends on the seed, and, for a gain, everything that belongs to distillation.
 PATHS = {"data", "teacher", "weights", "out", "cache", "recipe", "device"}
 SEEDS = {"seed", "teacher_weights"}
 DISTILLATION = {"role", "T", "alpha", "taught_by", "teacher_weights", "teacher_configs"}
@@ -44,7 +44,7 @@ MORE = ["precision", "f1", "loss"]  # with --report
 def predict(model, source, n, device, batch_size=64):
     """Return the logits (n, C) for the rows 0 to n of a source (models.from_images)."""
     model.eval()
-    rows = torch.arange(n, device=device)  # made there: copying each batch would make a GPU wait
+    rows = torch.arange(n, device=device)  # on the device: a copy per batch would stall a GPU
     return torch.cat([forward(model, source(batch))[0].float().cpu()
                       for batch in rows.split(batch_size)])
 
@@ -59,7 +59,7 @@ def auc(scores, truth, weights):
     return (positives * (below + negatives / 2)).sum(1) / (positives.sum(1) * negatives.sum(1))
 
 def calibration_error(confidence, correct, weights, bins=15):
-    """Return the expected calibration error (R,): per bin |confidence - accuracy|."""
+    """Return the ECE (R,): |mean confidence - accuracy| per bin, averaged with the bins' sizes."""
     place = (confidence * bins).long().clamp(max=bins - 1)
     gaps = weights * (confidence - correct.double())
     sums = weights.new_zeros(len(weights), bins).index_add(1, place, gaps)
@@ -67,8 +67,8 @@ def calibration_error(confidence, correct, weights, bins=15):
 
 def measure(logits, labels, weights, threshold=0.0):
     """Return the metrics for R weightings of the images, weights (R, N), as a dict of tensors (R,),
-    or (R, K) for findings, labels (N, K). The same code computes the figures (all weights are 1)
-    and their bootstrap samples. threshold: log-odds above which the second of two is called."""
+    or (R, K) for findings, labels (N, K); "confusion" is larger. All weights are 1 for the metrics
+    themselves. threshold: the log-odds above which the second of two classes is predicted."""
     if labels.dim() == 2:  # each finding by itself: sigmoid(z) is the second of softmax((0, z))
         each = [measure(F.pad(z[known, None], (1, 0)), truth[known].long(), weights[:, known])
                 for z, truth, known in zip(logits.T, labels.T, ~labels.isnan().T, strict=True)]
@@ -92,7 +92,7 @@ def measure(logits, labels, weights, threshold=0.0):
     return {
         "accuracy": right.sum(1) / total,
         "specificity": (tn / (tn + fp)).mean(1), "sensitivity": (tp / (tp + fn)).mean(1),
-        # 0 if nothing is called positive, as is customary; NaN if there is no positive image.
+        # 0 if nothing is predicted positive, as is customary; NaN if there is no positive image.
         "precision": (tp / (tp + fp).clamp(min=1e-12)).where(tp + fn > 0, torch.nan).mean(1),
         "f1": (2 * tp / (2 * tp + fp + fn)).where(tp + fn > 0, torch.nan).mean(1),
         "auc": torch.stack(aucs, 1).mean(1),
@@ -104,29 +104,29 @@ def measure(logits, labels, weights, threshold=0.0):
 def metrics(logits, labels, classes, threshold=0.0):
     """Return the metrics of all images as plain floats, or lists with a value per finding."""
     if not logits.isfinite().all():
-        raise UserError(f"logits of {', '.join(classes)} are NaN or infinite: training diverged")
+        raise UserError("logits are NaN or infinite: training diverged. Lower --lr or set --clip 1")
     figures = measure(logits, labels, torch.ones(1, len(labels)), threshold)
     figures["confusion"] = figures["confusion"].long()
     return {name: value[0].tolist() for name, value in figures.items()}
 
 def mean(value):
-    """Return the mean over findings, without those that are NaN; a single figure as it is."""
+    """Return the mean over findings, ignoring NaN. A single number is returned unchanged."""
     return float(torch.as_tensor(value, dtype=torch.float64).nanmean())
 
 def choose_threshold(logits, labels, rate, share):
-    """Return the log-odds above which images are called positive, so that the rate (sensitivity or
-    specificity) of these validation images is at least `share`, and the other rate is highest."""
+    """Return the log-odds above which images are predicted positive, so that `rate` (sensitivity or
+    specificity) is at least `share` on these validation images, and the other rate is highest."""
     logits = logits.double() * (1 if rate == "sensitivity" else -1)
     score = logits[:, 1] - logits[:, 0]
     wanted = score[labels == int(rate == "sensitivity")].sort(descending=True).values
-    last = wanted[max(math.ceil(share * len(wanted) - 1e-9), 1) - 1]  # the last one to be right
+    last = wanted[max(math.ceil(share * len(wanted) - 1e-9), 1) - 1]  # the lowest to get right
     others = score[score < last]
     edge = ((last + others.max()) / 2 if len(others) else last - 1).item()
     return edge if rate == "sensitivity" else -edge
 
 def bootstrap_weights(groups, repeats=1000, seed=0):
-    """Return weights (1 + repeats, N): a row of ones for the figure itself, then how often an image
-    is in a sample. A patient's images are correlated, so patients are drawn, not images."""
+    """Return weights (1 + repeats, N): a row of ones for the metric itself, then how often each
+    image is in a sample. A patient's images are correlated, so patients are drawn, not images."""
     member = torch.from_numpy(np.unique(groups, return_inverse=True)[1])  # (N,): its patient
     n = int(member.max()) + 1
     draws = torch.randint(n, (repeats, n), generator=torch.Generator().manual_seed(seed))
@@ -142,13 +142,13 @@ def over_seeds(runs):
     return torch.cat([runs[:, :1].mean(0), runs[:, 1:].gather(0, draws).mean(0)])
 
 def interval(samples):
-    """Return the middle 95 % of the bootstrap samples (R, ...), without samples of one class."""
+    """Return the ends (2, ...) of the middle 95 % of the samples (R, ...), leaving out NaN."""
     return torch.nanquantile(samples.double(), torch.tensor([0.025, 0.975], dtype=torch.double), 0)
 
 def summary(runs):
     """Return {"mean", "sd", "low", "high"} over S runs that differ in their seed. sd is NaN for one
     run. low and high, the ends of the mean's interval, are left out if there are no samples.
-    runs: per run (1 + R,), the figure and its samples, or (1 + R, K) for findings."""
+    runs: per run (1 + R,), the metric and its samples, or (1 + R, K) for findings."""
     runs = [torch.as_tensor(run, dtype=torch.double) for run in runs]
     values = torch.stack([run.view(len(run), -1) for run in runs])  # (S, 1 + R, K)
     if values.shape[2] > 1:  # leave out a finding that has no positive image in some sample
@@ -169,12 +169,12 @@ def find_runs(paths):
     if not any(found.values()):
         raise UserError(f"no best.pt in {missing}. Name runs of train.py, or their folder")
     if missing:  # a run that was killed before its first save must not stop runs/demo/*
-        print(f"no best.pt, or not yet, in {missing}: left out")
+        print(f"{missing}: left out, because there is no best.pt (yet)")
     return [run for runs in found.values() for run in runs]
 
-def judge(path, device, source, cache, loaded, wanted=None):
-    """Return a run as a record. loaded: data sets at hand, so that runs of one size share one.
-    wanted: a rate and its share, by which a threshold is chosen on validation images."""
+def evaluate_run(path, device, source, cache, loaded, wanted=None):
+    """Evaluate a run. Return what was found, as a dict. loaded: data sets by key, shared between
+    calls. wanted: (rate, share) for which to choose a threshold on validation images, or None."""
     model, facts = load_run(path)
     with explain(f"{path} is not a run of train.py"):
         config, size, state = facts["config"], facts["size"], state_of(facts)
@@ -187,12 +187,12 @@ def judge(path, device, source, cache, loaded, wanted=None):
     changed = [k for k in ("val", "val_pixels", "test") if config[k] != data.fingerprints[k]]
     elsewhere = "test" in changed and source != config["data"]
     if elsewhere:
-        print(f"{path.parent}: judged on {source}, not on the images of its training's test split. "
+        print(f"{path.parent}: evaluated on {source}, not on the test images of {config['data']}. "
               f"Written as metrics-{Path(source).name}.json, predictions-{Path(source).name}.csv")
     elif changed:
         print(f"{path.parent}: validation or test images of {source} have changed since training")
     device = torch.device(device)
-    model.to(device, memory_format=torch.channels_last)  # and not kept: 30 runs may not fit
+    model.to(device, memory_format=torch.channels_last)  # not returned: 30 networks may not fit
     val, test = (predict(model, from_images(split.images, device), len(split.ids), device)
                  for split in (data.val, data.test))
     if wanted and (data.multilabel or len(data.classes) > 2):
@@ -219,7 +219,7 @@ def differences(config, other, *more):
     return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
 
 def variants(records):
-    """Return the runs in groups, one per row: their configs are equal except for the seeds."""
+    """Return the runs in groups, one group per row. Only the seed differs within a group."""
     groups = {}
     for record in records:
         key = json.dumps([compared(record["config"], SEEDS), record["state"]], sort_keys=True)
@@ -231,15 +231,15 @@ def variants(records):
     return [list(by_seed.values()) for by_seed in groups.values()]
 
 def is_pair(student, baseline):
-    """Return whether the difference of two runs is a gain: the same seed, images and labels, both
-    finished, and nothing else different but distillation."""
+    """Return whether student minus baseline is a gain: both runs are finished, have the same seed,
+    images and labels, and differ only in distillation."""
     return ((student["config"]["role"], baseline["config"]["role"]) == ("student", "baseline")
             and student["facts"]["last"] is None and baseline["facts"]["last"] is None
             and not differences(student["config"], baseline["config"], DISTILLATION))
 
 def rows_and_gains(groups, score):
-    """Return the table as plain values: a row per group, and the gains, student minus baseline, per
-    seed and on the same bootstrap samples. `score` is the metric that chose the epochs."""
+    """Return the table's rows, one per group, and its gains as plain values. A gain is computed per
+    seed on the same bootstrap samples. `score` is the metric that the best epoch was chosen by."""
     rows, gains = [], []
     for group in groups:
         name = group[0]["folder"].name
@@ -275,7 +275,7 @@ def table(groups, rows, gains, columns, score):
         lines.append([f"{row['title']}\n  {below}", cell(row["validation"]) + train,
                       *(cell(row["figures"][k], k) for k in columns)])
     for gain in gains:
-        some = f", {gain['pairs']} of {gain['students']}" * (gain["pairs"] < gain["students"])
+        some = f", {gain['pairs']} of {gain['students']} seeds" * (gain["pairs"] < gain["students"])
         lines.append([f"{gain['title']}\n  minus {gain['minus']}{some}", "",
                       *(cell(gain["figures"][k], k, "+") for k in columns)])
     return aligned([f"{n} test images, %", f"validation\n{score}", *columns], lines)
@@ -285,7 +285,7 @@ def notes(records):
     data, classes = records[0]["data"], records[0]["data"].classes
     if not data.multilabel:
         counts = 100 * data.test.labels.bincount() / len(data.test.labels)
-        yield f"always {classes[counts.argmax()]} has an accuracy of {counts.max():.1f}"
+        yield f"always predicting {classes[counts.argmax()]} has accuracy {counts.max():.1f}"
         yield f"positive: {classes[1]}" if len(classes) == 2 else "each class against the rest"
     yield "ece: lower is better"
     for name, r in [(r["folder"].name, r) for r in records]:
@@ -294,7 +294,7 @@ def notes(records):
             yield f"{name} predicts {classes[calls.argmax()]} for every image"
         if r["threshold"]:
             p = torch.tensor(r["threshold"]).double().sigmoid()
-            yield f"{name} calls {classes[1]} above a probability of {p:.3g}"
+            yield f"{name} predicts {classes[1]} above a probability of {p:.3g}"
         if r["facts"]["last"] is not None:
             yield f"{name}{r['state']}: left out of the gains"
     if len({r["data"].fingerprints["val"] for r in records}) > 1:
@@ -304,7 +304,7 @@ def notes(records):
     yield from missing_gains(records)
 
 def missing_gains(records):
-    """Yield a reason for every student without a gain over the most similar baseline."""
+    """Yield, for each student without a gain, how it differs from the most similar baseline."""
     for s in [r for r in records if r["config"]["role"] == "student"]:
         alike = [(differences(s["config"], b["config"], DISTILLATION), b["folder"].name)
                  for b in records if b["config"]["role"] == "baseline" and all(
@@ -312,7 +312,7 @@ def missing_gains(records):
         other, name = min(alike, key=lambda pair: len(pair[0]), default=({}, ""))
         if other:
             reasons = ", ".join(f"{k} {a} and {b}" for k, (a, b) in other.items())
-            yield f"no gain of {s['folder'].name} over {name}: {reasons}"
+            yield f"{s['folder'].name} minus {name} is left out, because they differ in {reasons}"
 
 def findings(groups, rows):
     """Return a table with the AUC of every finding and the size of every network."""
@@ -330,7 +330,7 @@ def findings(groups, rows):
 
 # ---- tables as text, files, where a number came from --------------------------------------------
 def aligned(header, rows):
-    """Return a table as lines of text, figures to the right. A cell may have several lines."""
+    """Return a table as lines of text, numbers right-aligned. A cell may have several lines."""
     rows = [[cell.split("\n") for cell in row] for row in [header, *rows]]
     widths = [max(len(line) for row in rows for line in row[i]) for i in range(len(header))]
     text = [""]
@@ -398,7 +398,7 @@ def probabilities(logits, multilabel):  # in float64, because float32 would roun
     return logits.double().sigmoid() if multilabel else logits.double().softmax(1)
 
 def write_run(record, device):
-    """Write metrics.json, which is returned, and predictions.csv, a line per image."""
+    """Write metrics.json and predictions.csv (a row per image). Return what metrics.json holds."""
     data, facts, rows = record["data"], record["facts"], []
     content = {
         "test": record["figures"], "validation": record["validation"], "classes": data.classes,
@@ -430,24 +430,24 @@ def rate_and_share(text):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     p.add_argument("runs", nargs="+", metavar="RUN", help="runs of train.py, or folders of runs")
-    p.add_argument("--data", help="a folder with the images, if they moved, or with other images")
+    p.add_argument("--data", help="folder of the images if it moved, or of others to evaluate on")
     p.add_argument("--threshold", type=rate_and_share, metavar="RATE=SHARE",
                    help="sensitivity=0.95: choose the threshold on validation images for this rate")
-    p.add_argument("--predict", metavar="FOLDER", help="classify the images of a folder, or a file")
+    p.add_argument("--predict", metavar="FOLDER", help="write probabilities for a folder or a file")
     p.add_argument("--out", default="predictions.csv", help="where --predict writes its CSV")
     p.add_argument("--report", action="store_true", help="also precision, F1 and loss")
-    p.add_argument("--json", metavar="FILE", help="the tables and every run's figures in one file")
+    p.add_argument("--json", metavar="FILE", help="write the tables and all metrics to this file")
     p.add_argument("--device", type=usable_device, help="cpu, cuda or cuda:N",
                    default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--cache", default="cache", help="folder of decoded images; may be deleted")
+    p.add_argument("--cache", default="cache", help="decoded images and logits; may be deleted")
     args, loaded = p.parse_args(argv), {}
     if args.predict:
         return predict_files(args)
-    records = [judge(path, args.device, args.data, args.cache, loaded, args.threshold)
+    records = [evaluate_run(path, args.device, args.data, args.cache, loaded, args.threshold)
                for path in find_runs(args.runs)]
     data = records[0]["data"]
     if len({(*r["data"].classes, r["data"].fingerprints["test"]) for r in records}) > 1:
-        raise UserError("different test images or classes: judge these runs in separate calls")
+        raise UserError("the runs have different test images or classes: evaluate them separately")
     groups, score = variants(records), "auc" if data.multilabel else "accuracy"
     rows, gains = rows_and_gains(groups, score)
     text = table(groups, rows, gains, COLUMNS + MORE * args.report, score)
@@ -458,7 +458,7 @@ def main(argv=None):
     if args.json:
         with explain(f"{args.json} could not be written"):
             write_json(args.json, {"tables": text, "rows": rows, "gains": gains, "runs": runs})
-    print("\nwritten: metrics.json and predictions.csv in each run's folder"
+    print("\nwritten: metrics and predictions in each run folder"
           + (f", {args.json}" if args.json else "; --json FILE keeps the tables"))
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Networks and checkpoints: torchvision's classifiers with a new head, frozen in part, and saved.
 
     model = build("alexnet", num_classes=2, size=224, weights="imagenet")
-    logits, aux = forward(model, images)         aux: auxiliary heads' logits, mostly []
+    logits, aux = forward(model, images)         aux: auxiliary heads' logits, usually []
     trainable = freeze(model, "fc")              the part whose weights change; the rest is frozen
-    source = from_images(images, device)         source(rows) is what a network reads of these rows
+    source = from_images(images, device)         source(rows) returns a network's input (B, 3, H, W)
     save_checkpoint(path, model, **facts)        and back: model, facts = load_checkpoint(path)
 
-The file goes from networks and their trainable part over sources and checkpoints to first weights
+The file holds, in this order: networks, their trainable part, sources, checkpoints, first weights
 from elsewhere, SE-ResNets, noise residuals, cost and Grad-CAM.
 """
 
@@ -34,8 +34,8 @@ os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 FORMAT = 6  # of a checkpoint: raise it when its facts or a network change, to refuse old ones
 
-# Auxiliary heads are further classifiers half-way up, for training only. They are left out for
-# small images: InceptionV3's 5x5 window does not fit below 299 pixels, GoogLeNet's below 64.
+# Auxiliary heads are further classifiers half-way up, for training only. Small images have none.
+# InceptionV3's 5x5 window fits from 299 pixels on. From 64 on, GoogLeNet has 4x4 maps to pool.
 AUX_MIN_SIZE = {"inception_v3": 299, "googlenet": 64}
 AUX_WEIGHT = {"inception_v3": 0.4, "googlenet": 0.3}  # in the loss, from the networks' own papers
 AUX_NAMES = ("AuxLogits", "aux1", "aux2")  # the names of their layers begin with these
@@ -93,16 +93,16 @@ def replace_heads(model, num_classes):
         model.set_submodule(name, new)
 
 def forward(model, images):
-    """Return logits (B, C) and a list of the auxiliary heads' logits, which is mostly empty."""
+    """Return logits (B, C) and a list of the auxiliary heads' logits, which is usually empty."""
     out = model(images)
     if isinstance(out, torch.Tensor):
         return out.flatten(1), []  # flatten: SqueezeNet ends in 1x1 maps
     return out[0], list(out[1:])
 
 def freeze(model, finetune):
-    """Return the trainable part, a submodule: "all" of the model, the "fc" block around the head
-    (three layers in AlexNet and VGG, the head itself in most), or the new "head" alone. The rest
-    is put in eval mode, because BatchNorm's averages would move even without gradients."""
+    """Freeze all but the trainable part, and return that part: "all" of the model, the "fc" block
+    around the head (three layers in AlexNet and VGG, the head itself in most), or the new "head".
+    The frozen part is put in eval mode, because its BatchNorm averages would move otherwise."""
     if finetune == "all":
         return model
     head = model.get_submodule(model.head_names[-1])
@@ -122,8 +122,8 @@ def features(model, trainable, images):
 
 # ---- sources: functions (rows, affines) -> tensor ------------------------------------------------
 def from_images(images, device, network=None, amp=False):
-    """Return a source that prepares rows of uint8 images (N, 1, H, W), moved by `affines` if given.
-    With a frozen network, the source returns the network's output for them, without gradients."""
+    """Return a source of prepared rows of uint8 images (N, 1, H, W), which `affines` may augment.
+    With `network`, a function of these images, the source returns its outputs without gradients."""
     images = on_device(images, device)
 
     def source(rows, affines=None):
@@ -146,13 +146,13 @@ def on_device(tensor, device):
         return tensor.to(device)
     return tensor
 
-def precompute(source, n, device, dtype, name, *key):
-    """Return a source of the outputs of `source` for the rows 0 to n, which are computed once and
-    kept in a file. Its name holds `key`, which identifies pixels and weights. For changed code it
-    also holds PIXELS (see data.py) and a few rounded outputs."""
+def precompute(source, n, device, dtype, stem, *key):
+    """Return a source of the n rows of outputs of `source`, computed once and kept in a file. The
+    file's name holds a hash of `key`, which identifies pixels and weights, and of what changes with
+    the code: PIXELS (see data.py), the outputs' shape and a few rounded outputs."""
     first = source(torch.arange(min(n, 2), device=device)).float()
     probe = [f"{value:.2e}" for value in first.flatten().tolist()[:100]]
-    path = name.with_name(f"{name.name}-{fingerprint(*key, PIXELS, list(first.shape), probe)}.npy")
+    path = stem.with_name(f"{stem.name}-{fingerprint(*key, PIXELS, list(first.shape), probe)}.npy")
     blocks, shape = output_blocks(source, n, device, dtype), (n, *first.shape[1:])
     return from_tensor(cached_array(path, str(dtype)[6:], shape, blocks), device)  # torch.float16
 
@@ -193,12 +193,12 @@ def load_checkpoint(path):
     return model.eval().requires_grad_(False), facts
 
 def load_run(path):
-    """Return the same for a checkpoint that train.py made, or say which fact it lacks."""
+    """Return load_checkpoint(path) if train.py made the file. Otherwise name the missing facts."""
     model, facts = load_checkpoint(path)
     with explain(f"{path} was not made by train.py"):
         if missing := [k for k in RUN_FACTS if facts.get(k) is None and k != "last"]:
             raise ValueError(f"{', '.join(missing)} missing")
-        state_of(facts), facts["config"]["train"], facts["history"][-1]
+        state_of(facts), facts["config"]["train"], facts["history"][-1]  # raise if one is missing
     return model, facts
 
 def read_weights(path):
@@ -231,14 +231,14 @@ def existing_file(path):
     return path
 
 def refuse_foreign(path, facts, data):
-    """Refuse a network with other classes, or one that was trained on images that judge it."""
+    """Refuse a network with other classes, or one trained on these validation or test patients."""
     if facts.get("classes", data.classes) != data.classes:
-        raise UserError(f"{path} was trained on the classes {facts['classes']}, {data.source} has "
-                        f"{data.classes}. Give the images it was trained for with --data")
+        raise UserError(f"{path} was trained on the classes {facts['classes']}, but {data.source} "
+                        f"has {data.classes}. Choose --data with the classes of that training")
     if seen := {*facts["seen_groups"]} & {*data.val.groups, *data.val.ids, *data.test_groups}:
         raise UserError(f"{path} was trained on {min(seen)}, a validation or test patient of "
-                        f"{data.source}. Give other images, or the --data, --val-fraction and "
-                        f"names of patients (PATIENT) of its training")
+                        f"{data.source}. Use other images, or the same --data, --val-fraction and "
+                        f"patients (patients.csv or data.PATIENT) as in its training")
 
 def state_of(facts):
     """Return what sets a run apart: ", stopped at 0.5" for a defective teacher, ", unfinished (2 of
@@ -250,9 +250,9 @@ def state_of(facts):
 
 # ---- weights from elsewhere ----------------------------------------------------------------------
 def imagenet_weights(arch):
-    """Return torchvision's weights from $TORCH_HOME/hub/checkpoints, fetched there if need be.
-    Its own builder reads them, because it renames what an old file calls otherwise. An SE-ResNet
-    starts from the weights of the ResNet."""
+    """Return torchvision's weights from $TORCH_HOME/hub/checkpoints. Download them if missing.
+    torchvision's builder loads them, because it renames the layers in old files (DenseNet). An
+    SE-ResNet starts from the weights of the ResNet without SE."""
     plain = arch.removeprefix("se")
     with explain(f"torchvision has no ImageNet weights of {arch}; use --weights none or a file"):
         kinds = torchvision.models.get_model_weights(plain)
@@ -264,7 +264,7 @@ def imagenet_weights(arch):
         return {"model": torchvision.models.get_model(plain, weights=kind).state_dict()}
 
 def load_first_weights(model, weights):
-    """Load everything but the heads. The heads of a run of ours are loaded too, where they fit."""
+    """Load first weights except the heads. From a checkpoint of ours, load heads that fit, too."""
     arch, reads = model.facts["arch"], model.facts["input"]
     content = imagenet_weights(arch) if weights == "imagenet" else read_weights(weights)
     state, own = content["model"], model.state_dict()
@@ -287,7 +287,7 @@ def load_first_weights(model, weights):
                         "body_loaded": not any(".se." in name for name in missing),
                         "seen_groups": list(run.get("seen_groups", []))}
         if run.get("input", reads) != reads:
-            raise UserError(f"{weights} reads the --input {run['input']}: add that flag")
+            raise UserError(f"{weights} needs --input {run['input']}. Add that flag")
 
 # ---- SE-ResNets, noise residuals, cost -----------------------------------------------------------
 class SEBottleneck(Bottleneck):
@@ -314,10 +314,10 @@ def read_residuals(model):
 
 def residuals(images):
     """Return noise residuals (SRM, Fridrich & Kodovsky 2012; arXiv 2406.08837): (B, 3, H, W) in
-    [-1, 1]. A residual is the predicted minus the real grey level, divided by c, rounded and cut at
-    2. The prediction comes from one neighbour (c = 1) or from two opposite ones (c = 3), the least
-    over all directions, or from all eight (c = 6)."""
-    x = (255 * (images[:, :1] * STD[0] + MEAN[0])).round()  # grey levels again, free of noise
+    [-1, 1]. Each compares a grey level x with its neighbours: n - x for one neighbour n, (n + m -
+    2 x) / 3 for two opposite ones, both the least over all directions, and (2 s - k - 4 x) / 6 with
+    the sums s of the four at the sides and k of the corners. All are rounded, cut at 2, halved."""
+    x = (255 * (images[:, :1] * STD[0] + MEAN[0])).round()  # undo prepare: whole grey levels
     wide = F.pad(x, (1, 1, 1, 1), mode="replicate")
     up, down = wide[..., :-2, 1:-1], wide[..., 2:, 1:-1]
     left, right = wide[..., 1:-1, :-2], wide[..., 1:-1, 2:]
@@ -328,13 +328,13 @@ def residuals(images):
     return torch.cat([first, second / 3, square / 6], dim=1).round().clamp(-2, 2) / 2
 
 def cost(model, size):
-    """Return the number of parameters (those of auxiliary heads apart), the multiply-adds per image
-    (half of what FlopCounterMode counts) and the megabytes of the weights."""
+    """Return the number of parameters (auxiliary heads separately), the multiply-adds per image
+    (half of what FlopCounterMode counts) and the megabytes of all weights, auxiliary heads too."""
     was_training = model.training
     model.eval()  # so that auxiliary heads do not run
     device = next(model.parameters()).device
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        # With a gradient, and attention as plain products: not every torch counts the fused form.
+        # The gradient and MATH avoid fused attention, which not every torch version can count.
         model(torch.zeros(1, 3, size, size, device=device, requires_grad=True))
     model.train(was_training)
     auxiliary = sum(p.numel() for name, p in model.named_parameters() if name.startswith(AUX_NAMES))
@@ -345,7 +345,7 @@ def cost(model, size):
 
 # ---- Grad-CAM: where a network looked ------------------------------------------------------------
 def last_maps(model, images):
-    """Return the last layer with feature maps, pooling aside, and the rows of these maps."""
+    """Return the last layer with feature maps (pooling aside), and the height of these maps."""
     order = []
 
     def note(layer, _, out):
@@ -356,7 +356,7 @@ def last_maps(model, images):
     with torch.no_grad(), register_module_forward_hook(note):
         model(images[:1])
     if not order or isinstance(model, torchvision.models.VisionTransformer):  # it works on tokens
-        raise UserError("Grad-CAM needs maps, and no late layer of this network has any")
+        raise UserError("Grad-CAM needs feature maps, but this network has none. Use another run")
     return order[-1]
 
 def grad_cam(model, images, target, layer=None):

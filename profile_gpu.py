@@ -1,11 +1,11 @@
 """Measure what networks, training and distillation cost, on a GPU or a CPU.
 
     python profile_gpu.py alexnet vgg16 resnet18 resnet34 inception_v3     three tables
-    python profile_gpu.py inception_v3 alexnet          two networks: also a step of distillation
+    python profile_gpu.py inception_v3 alexnet          teacher, student: a fourth, training steps
 
-This times train.train_one_epoch on batches from train.paired_batches, and reports medians after a
-warm-up. Memory and GPU use need CUDA. Instruments come first, then what is measured: networks,
-training, inference, and a training step in four ways. The tables come last.
+This times train.train_one_epoch on batches from train.paired_batches, and evaluate.predict. Times
+are medians after a warm-up. Memory and GPU use need CUDA. In the fourth table, `a` is a bare loop,
+to which the others are compared. Instruments come first, then measurements, then the tables.
 """
 
 import argparse
@@ -26,8 +26,8 @@ NATIVE = {"inception_v3": 299}  # the size of the images a network was made for;
 
 # ---- instruments ---------------------------------------------------------------------------------
 def interleaved(calls, device, rounds):
-    """Return {name: [seconds, ...]}. After a warm-up, each round makes every call once, in turns
-    forwards and backwards, so that a machine that slows down for a while slows all of them."""
+    """Return {name: [seconds, ...]}. After a warm-up, each round makes every call once, and every
+    other round in reverse order. So if the machine is slow for a while, that slows all calls."""
     times = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name in list(calls)[:: 1 if i % 2 else -1]:
@@ -39,10 +39,10 @@ def interleaved(calls, device, rounds):
     return {name: spent[1:] for name, spent in times.items()}
 
 def gpu_usage(call, device):
-    """Return peak GB allocated and the seconds that the GPU spent in kernels; None without one."""
+    """Return peak GB allocated and the GPU's seconds in kernels, or (None, None) without a GPU."""
     if device.type != "cuda":
         return None, None
-    gc.collect()  # earlier networks may still be kept by circles of references
+    gc.collect()  # earlier networks may still be kept by reference cycles
     torch.cuda.reset_peak_memory_stats(device)  # forget the peak of the warm-up
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
@@ -88,7 +88,7 @@ def training(arch, size, args, device):
             "images/s": n / wall, "GPU s per 1000 images": busy and 1000 * busy / n}
 
 def inference(arch, size, args, device):
-    """Return the latency of one image and the throughput of many, from bytes to logits."""
+    """Return latency for one image and throughput for many, from uint8 tensors to logits."""
     model = build(arch, 1000, size).to(device, memory_format=torch.channels_last)
     images = random_images(args.many, size, device)
     source = from_images(images, device)
@@ -130,7 +130,7 @@ def distillation(sizes, args, device):
 
 # ---- what is shown -------------------------------------------------------------------------------
 def show(title, rows):
-    """Print a table with four digits per figure."""
+    """Print a table with four significant digits; integers and numbers from 1000 in full."""
 
     def cell(value):
         rounded = isinstance(value, int) or (value or 0) >= 1000
@@ -144,18 +144,18 @@ def main(argv=None):
                                 description=__doc__, formatter_class=Help, allow_abbrev=False)
     gpu = torch.cuda.is_available()
     p.add_argument("networks", nargs="+", metavar="ARCH", help="if two: teacher, then student")
-    p.add_argument("--size", type=int, help="side of the images in pixels; without, 224 or 299")
+    p.add_argument("--size", type=int, help="side in pixels, 299 for inception_v3 or else 224")
     p.add_argument("--batch-size", type=int, default=32, help="images per training step")
     p.add_argument("--many", type=int, default=64, help="images per batch in inference")
-    p.add_argument("--steps", type=int, default=20 if gpu else 2, help="steps timed together")
-    p.add_argument("--rounds", type=int, default=5, help="how often each is measured")
+    p.add_argument("--steps", type=int, default=20 if gpu else 2, help="training steps per timing")
+    p.add_argument("--rounds", type=int, default=5, help="how often each call is timed")
     p.add_argument("--device", type=usable_device, default="cuda" if gpu else "cpu",
                    help="cpu, cuda or cuda:N")
-    p.add_argument("--json", metavar="FILE", help="write all figures there")
+    p.add_argument("--json", metavar="FILE", help="write all numbers to this file")
     args = p.parse_args(argv)
     if min(args.batch_size - 1, args.many, args.steps, args.rounds) < 1:
-        p.error("--many, --steps and --rounds start at 1, --batch-size at 2: BatchNorm needs two")
-    device, source = torch.device(args.device), origin(args.device)
+        p.error("--many, --steps, --rounds must be 1 or more, --batch-size 2 or more for BatchNorm")
+    device, provenance = torch.device(args.device), origin(args.device)
     sizes = {arch: args.size or NATIVE.get(arch, 224) for arch in args.networks}
     # Networks come first, so that an unknown name or size is an error before anything is timed.
     tables = {"network": {arch: network(arch, size) for arch, size in sizes.items()},
@@ -165,12 +165,12 @@ def main(argv=None):
         tables["inference"][arch] = inference(arch, size, args, device)
     if len(sizes) == 2:
         tables["a step"] = distillation(sizes, args, device)
-    print(f"\n{source['device']}, torch {source['torch']}, batches of {args.batch_size}")
+    print(f"\n{provenance['device']}, torch {provenance['torch']}, batches of {args.batch_size}")
     for title, rows in tables.items():
         show(title, rows)
     if args.json:
         with explain(f"{args.json} could not be written"):
-            write_json(args.json, {"provenance": source, "args": vars(args), "tables": tables})
+            write_json(args.json, {"provenance": provenance, "args": vars(args), "tables": tables})
 
 if __name__ == "__main__":
     cli(main)

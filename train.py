@@ -7,7 +7,7 @@
 
 A run is a folder, runs/RECIPE/NAME, with history.csv and best.pt. best.pt holds the weights of the
 best epoch (is_best). Until the run ends, it also holds the latest weights and the optimiser, from
-which a repeated command resumes. A recipe is a set of defaults. Add --help to see them.
+which a repeated command resumes. Add --help to a command to see the defaults of its recipe.
 
 train() comes first. The functions that it calls follow, grouped by topic.
 """
@@ -33,13 +33,13 @@ from evaluate import (SEEDS, compared, differences, mean, metrics, origin, predi
 from kd import check_settings, distillation_loss, mix_teachers
 from models import forward
 
-SAVE_SECONDS = 20  # least time between saves, but for the final one. AlexNet writes 0.7 GB
+SAVE_SECONDS = 20  # at least, between saves before the final one. A save of AlexNet takes 0.7 GB
 
 # ---- a run, from its images to its last epoch ----------------------------------------------------
 # What is random? `seed` decides the first weights. `seed` and the epoch's number decide the order
-# of the images, their augmentation and dropout (dropout also by process). The rest is not random:
-# validation patients, --per-class, --labels-per-class and --wrong-labels follow from hashes of
-# names. Phantoms and their wrong labels come from fixed seeds. All are the same for every seed.
+# of the images, their augmentation and dropout (for dropout, also the process's rank). The rest is
+# not random: validation patients, --per-class, --labels-per-class and --wrong-labels follow from
+# hashes of names. Phantoms and their wrong labels come from fixed seeds, whatever `seed` is.
 #
 # What does a kill cost? Every epoch is seeded anew, so a run can resume after any saved epoch. An
 # epoch is saved if it is the final one or 20 seconds have passed since a save. A kill loses the
@@ -60,7 +60,7 @@ def train(args):
     data = load_as(vars(args), args.size, ["train", "val"], args.cache)
     labels = data.train.labels.to(device)
 
-    # 2. The network, the part of it whose weights change, and what that part reads.
+    # 2. The network, its trainable part, the optimiser, and what the trainable part reads.
     model, trainable = make_network(args, data, device)
     optimizer = make_optimizer(args, trainable.parameters())
     inputs = input_source(args, model, trainable, data.train, device, args.augment)
@@ -94,15 +94,15 @@ def train(args):
         validation, columns = validate(trainable, val_inputs, data, device)
         history.append({"epoch": epoch, **row, "lr": lr, "seconds": seconds, **columns})
         if better := is_best(history, data.multilabel):
-            best = copy.deepcopy(model), epoch, validation  # a copy: the model goes on learning
+            best = copy.deepcopy(model), epoch, validation  # a copy, because training goes on
         if ended(args, history) or time.perf_counter() - saved_at >= SAVE_SECONDS:
             save_run(args, model, optimizer, history, best, facts, saved_epoch)
             saved_epoch, saved_at = epoch, time.perf_counter()
         print(describe_epoch(args, history[-1]) + ("  best" if better else ""), flush=True)
-    print(f"{args.out} is finished, epoch {len(history)}: python evaluate.py {args.out}")
+    print(f"{args.out} is finished after epoch {len(history)}. Next: python evaluate.py {args.out}")
 
 def processes():
-    """Return this process's rank and the number of processes, without torchrun 0 and 1."""
+    """Return this process's rank and the number of processes: 0 and 1 without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 # ---- the network and what it reads ---------------------------------------------------------------
@@ -115,7 +115,7 @@ def make_network(args, data, device):
     trainable = models.freeze(model, args.finetune)
     if args.finetune != "all" and not model.facts["body_loaded"]:
         raise UserError(f"--finetune {args.finetune} would freeze random weights; give --weights "
-                        f"imagenet or a file that holds all, or --finetune all")
+                        f"imagenet or a file with weights for all layers, or --finetune all")
     if args.finetune != "all" and not model.facts["from_run"]:
         for layer in trainable.modules():  # as in arXiv 2406.08837, these start from random weights
             if isinstance(layer, torch.nn.Linear):
@@ -134,7 +134,7 @@ def input_source(args, model, trainable, split, device, augment=False):
 
     If the whole model is trained, it reads images. Otherwise the trainable part reads features,
     the outputs of the frozen part. Without --augment, features are the same in every epoch, so they
-    are computed once, and an epoch of the recipe pneumonia's student takes a ninth of the time."""
+    are computed once. With --augment, the recipe pneumonia's student takes nine times as long."""
     if trainable is model:
         return models.from_images(split.images, device)
     body = partial(models.features, model, trainable)
@@ -152,9 +152,9 @@ def load_teachers(args, data, device):
     A teacher sees the same images in the same order, at its own size, so that row i of its logits
     belongs to image i. Without --augment, its logits depend on neither epoch nor T nor seed: they
     are computed once, in float32. With --augment, the teacher is run at every step, on images that
-    are augmented as the student's are. Several teachers are averaged. A teacher that was trained on
-    the student's validation or test patients is refused, because its logits would leak their
-    labels into training."""
+    are augmented as the student's are. If there are several teachers, their softened probabilities
+    are averaged. A teacher that was trained on the student's validation or test patients is
+    refused, because its logits would leak their labels into training."""
     sources, teachers = [], []
     for path in args.teacher or []:
         teacher, facts = models.load_run(path)
@@ -182,11 +182,11 @@ def load_teachers(args, data, device):
     if not sources:
         return None, teachers
 
-    def mean_logits(rows, affines=None):
+    def mixed_logits(rows, affines=None):
         logits = [source(rows, affines) for source in sources]  # each (B, C)
         return mix_teachers(logits, args.T, data.multilabel)
 
-    return mean_logits, teachers
+    return mixed_logits, teachers
 
 def teacher_logits(teacher, images):
     return forward(teacher, images)[0]
@@ -196,7 +196,7 @@ def run_facts(args, data, model, teachers):
     that decides the result: flags, and hashes of the contents of their paths."""
     config = {
         **vars(args), **data.fingerprints, "first_weights": model.facts["first_weights"],
-        "epoch_length": args.steps_per_epoch or len(data.train.ids),  # a gain compares equal steps
+        "epoch_length": args.steps_per_epoch or len(data.train.ids),  # must be equal for a gain
         "processes": processes()[1],
         "taught_by": [t["arch"] + models.state_of(t) for t in teachers],
         "teacher_weights": [t["weights_hash"] for t in teachers],
@@ -213,11 +213,11 @@ def seed_for(*use):
     return int(fingerprint(*use), 16)
 
 def paired_batches(inputs, labels, teacher, batch_size, generator, steps=None, augment=False):
-    """Yield (x, y, teacher_logits) of the same rows: an image never meets another image's logits.
+    """Yield (x, y, teacher_logits) for the same rows, so each image is paired with its own logits.
 
-    inputs, teacher: sources, functions (rows, affines) -> tensor; without a teacher None.
-    generator: decides the order of the images and, with `augment`, how each image of each batch is
-    moved, alike for student and teacher. steps: the number of batches, if it is not one pass."""
+    inputs, teacher: sources, functions (rows, affines) -> tensor. Without a teacher, it is None.
+    generator: decides the order of the images and, with `augment`, the transform of each image, the
+    same for student and teacher. steps: the number of batches, by default those of one pass."""
     rank, world = processes()
     batches = []
     while len(batches) < (steps or 1):
@@ -228,7 +228,7 @@ def paired_batches(inputs, labels, teacher, batch_size, generator, steps=None, a
             one_pass[-2:] = [torch.cat(one_pass[-2:])]
         batches += one_pass
     for batch in batches[:steps]:
-        # All processes draw alike, and each takes its share. A remainder is left out.
+        # All processes draw the same batches, and each takes its share. A remainder is left out.
         share = slice(rank, len(batch) // world * world, world)
         rows, affines = batch[share], None
         if augment:
@@ -278,7 +278,7 @@ def train_one_epoch(model, batches, optimizer, T=1.0, alpha=0.9, label_smoothing
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss} in {title} at learning rate "
                         f"{optimizer.param_groups[0]['lr']:.2g}. Lower --lr, or set --clip 1")
-    # With few labels it would jump between 0 and 100 %. Below half a label per image it is NaN.
+    # Accuracy on few labels would jump between 0 and 100 %. Below half a label per image it is NaN.
     accuracy = right / labelled if labelled >= 0.5 else math.nan
     return {"loss": loss, "hard": hard, "soft": soft, "train_accuracy": accuracy}
 
@@ -287,7 +287,7 @@ def validate(trainable, inputs, data, device):
     """Return all validation metrics, and those that are columns of the history."""
     labels = data.val.labels
     logits = predict(trainable, inputs, len(labels), device)
-    if dist.is_initialized():  # BatchNorm's averages differ, but all must stop together
+    if dist.is_initialized():  # each has its own BatchNorm averages, but all must stop together
         logits = logits.to(device)
         dist.broadcast(logits, 0)
         logits = logits.cpu()
@@ -310,8 +310,8 @@ def ended(args, history):
 
 # ---- saving and resuming -------------------------------------------------------------------------
 def save_run(args, model, optimizer, history, best, facts, saved_epoch):
-    """Write best.pt in one atomic step, then history.csv, which repeats a part of it as text.
-    best: a copy of the model, its epoch and its validation metrics."""
+    """Write best.pt in one atomic step, then history.csv, its history as text. best: a copy of the
+    model, its epoch and its validation metrics. saved_epoch: the last epoch of the save before."""
     if processes()[0]:  # only process 0 writes
         return
     best_model, epoch, validation = best
@@ -320,7 +320,7 @@ def save_run(args, model, optimizer, history, best, facts, saved_epoch):
         last = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if epoch > saved_epoch:
         for path in [*out.glob("metrics*.json"), *out.glob("predictions*.csv")]:
-            path.unlink()  # figures of an earlier best epoch
+            path.unlink()  # metrics and predictions of an earlier best epoch
     models.save_checkpoint(out / "best.pt", best_model, **facts, history=history, last=last,
                            epoch=epoch, validation=validation,
                            train_accuracy=history[epoch - 1]["train_accuracy"])
@@ -334,7 +334,7 @@ def resume(args, config, model, optimizer):
             part.unlink(missing_ok=True)
     if path.exists():
         best_model, facts = models.load_run(path)
-        changed = [f"{name} {old} (now {new})" if len(f"{old}{new}") < 30 else f"other {name}"
+        changed = [f"{name} {old} (now {new})" if len(f"{old}{new}") < 30 else f"another {name}"
                    for name, (old, new) in differences(facts["config"], config).items()]
         if changed:
             raise UserError(f"{args.out} was begun with {', '.join(changed)}. Repeat that command, "
@@ -367,7 +367,7 @@ def describe_run(args, model, trainable, data, done):
     labelled = (data.train.labels >= 0).view(len(data.train.ids), -1).any(1).sum()
     wrong = f" ({data.n_wrong} of them wrong)" if data.n_wrong else ""
     return (f"{args.role}: {args.arch} at {args.size} px, {total:.1f} M parameters, {part:.1f} M "
-            f"trained; to {args.out}\n{args.data}: {len(data.train.ids)} training images, "
+            f"trained; writes to {args.out}\n{args.data}: {len(data.train.ids)} training images, "
             f"{labelled} labelled{wrong}; {len(data.val.ids)} validation images"
             + (f"\nresuming after epoch {done}" if done else ""))
 
@@ -450,7 +450,7 @@ def get_args(argv=None):
     add("--T", type=float, default=1.0, help="temperature: higher is softer")
     add("--alpha", type=float, default=0.9, help="0 = labels only, 1 = teacher only")
     add = p.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=20, help="number of passes over the images")
+    add("--epochs", type=int, default=20, help="passes over the images, but see --steps-per-epoch")
     add("--steps-per-epoch", type=int, help="let an epoch be this many batches instead of a pass")
     add("--batch-size", type=int, default=32, help="images per step")
     add("--optimizer", default="sgd", choices=["sgd", "adam"], help="SGD or Adam")
@@ -462,16 +462,16 @@ def get_args(argv=None):
     add("--clip", type=float, default=0.0, help="largest gradient norm, 0 for none")
     add("--label-smoothing", type=float, default=0.0, help="share of a label given to all classes")
     add("--stop-at", type=float, metavar="ACCURACY",
-        help="make a weak teacher: end once validation accuracy is above this, 0 to 1")
+        help="make a defective teacher: stop once validation accuracy is above this, 0 to 1")
     add = p.add_argument_group("where and how it runs").add_argument
     add("--seed", type=int, default=0, help="of weights, order, dropout, --augment; not of data")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda or cuda:N")
     add("--precision", choices=["float32", "bfloat16"],
         help="by default bfloat16 on a GPU and float32 on a CPU")
-    add("--cache", default="cache", help="folder of decoded images and precomputed outputs")
+    add("--cache", default="cache", help="decoded images, features and logits; may be deleted")
 
-    # Parsed twice: first for role and recipe, then with their defaults.
+    # The flags are parsed twice: first for role and recipe, then with the recipe's defaults.
     asked = [word for word in argv if word not in ("-h", "--help")]
     first, _ = p.parse_known_args(["--role", "teacher", *asked])
     name = first.recipe or {"phantoms": "demo", "findings": "findings"}.get(first.data, "pneumonia")

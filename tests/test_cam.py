@@ -106,7 +106,7 @@ def test_a_vision_transformer_is_refused():
     """It works on tokens, which have no map."""
     model, x = models.build("vit_b_32", 2, 224).eval(), torch.zeros(1, 3, 224, 224)
     for call in (lambda: models.last_maps(model, x), lambda: models.grad_cam(model, x, 0)):
-        with pytest.raises(data.UserError, match="^Grad-CAM needs maps, and no late layer of this network has any$"):
+        with pytest.raises(data.UserError, match="^Grad-CAM needs feature maps, but this network has none"):
             call()
 
 

@@ -677,7 +677,7 @@ def test_augmentation_rotates_zooms_and_shifts_as_far_as_stated():
 
 @pytest.mark.parametrize("source", ["nowhere", "."])
 def test_a_wrong_folder_names_the_layout_expected(source):
-    with pytest.raises(data.UserError, match=rf"No such folder: {source}/train.*train/CLASS.*--data needs another.*--download"):
+    with pytest.raises(data.UserError, match=rf"No such folder: {source}/train.*train/CLASS.*another folder.*--download"):
         data.load(source, 32)
 
 
@@ -691,7 +691,7 @@ def test_a_set_without_train_is_refused(kermany):
 
 def test_a_flat_folder_is_told_how_to_divide_it():
     image_file(Path("flat/NORMAL/a.png"))
-    with pytest.raises(data.UserError, match="holds NORMAL.*put them below flat/train/CLASS and flat/test/CLASS"):
+    with pytest.raises(data.UserError, match="holds NORMAL.*put their images in flat/train/CLASS and flat/test/CLASS"):
         data.list_images("flat")
 
 

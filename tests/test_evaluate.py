@@ -588,11 +588,11 @@ def test_a_missing_gain_has_a_reason(flag, value, kept):
     [student], [baseline] = students_and_baselines(1, **{flag: value})
     students, baselines = students_and_baselines(1)
     assert student["config"][flag] == kept
-    [line] = [line for line in notes([student, baseline]) if "no gain" in line]
-    assert line == f"no gain of s-seed0 over b-seed0: {flag} {kept} and {value}"  # T and alpha are no reasons
-    assert not [line for line in notes([*students, *baselines, baseline]) if "no gain" in line]
+    [line] = [line for line in notes([student, baseline]) if "is left out" in line]
+    assert line == f"s-seed0 minus b-seed0 is left out, because they differ in {flag} {kept} and {value}"  # T and alpha are no reasons
+    assert not [line for line in notes([*students, *baselines, baseline]) if "is left out" in line]
     [line] = [line for line in notes([student, judged("far", torch.randn(40, 2), torch.arange(40) % 2, **{
-        flag: value, "clip": 0.7, "weight_decay": 0.2}), baseline]) if "no gain" in line]
+        flag: value, "clip": 0.7, "weight_decay": 0.2}), baseline]) if "is left out" in line]
     assert "b-seed0" in line and "far" not in line  # the most similar baseline
 
 
@@ -651,7 +651,7 @@ def test_notes_tell_what_a_table_leaves_open():
     shifted = judged("shifted", torch.stack([torch.full((60,), 9.0), labels + torch.rand(60)], 1), labels, lr=0.5)
     fine = judged("fine", torch.randn(60, 2), labels, lr=0.6)
     told = notes([dead, shifted, fine])
-    assert "always PNEUMONIA has an accuracy of 66.7" in told and "positive: PNEUMONIA" in told
+    assert "always predicting PNEUMONIA has accuracy 66.7" in told and "positive: PNEUMONIA" in told
     assert [line for line in told if "every image" in line] == [
         "dead predicts NORMAL for every image", "shifted predicts NORMAL for every image"]
     assert not any("validation images" in line or "gain" in line for line in told)
@@ -780,7 +780,7 @@ def test_a_folder_stands_for_all_runs_below_it(few_phantoms, capsys):
     for folder in ("runs", "."):  # at any depth
         assert set(evaluate.find_runs([folder])) == {Path(f"runs/demo/{name}/best.pt") for name in "ab"}
     evaluate.main(["runs/demo/a", "runs/demo/begun"])
-    assert "no best.pt, or not yet, in runs/demo/begun: left out" in capsys.readouterr().out
+    assert "runs/demo/begun: left out" in capsys.readouterr().out
     Path("empty").mkdir()
     for paths in (["runs/demo/begun"], ["empty", "nowhere"]):
         with pytest.raises(data.UserError, match=f"no best.pt in {', '.join(paths)}") as error:
@@ -819,7 +819,7 @@ def test_other_test_images_replace_no_figures(kermany, capsys):
     first.unlink()
     capsys.readouterr()
     evaluate.main(["run", "--data", "elsewhere/hospital"])
-    assert "run: judged on elsewhere/hospital" in capsys.readouterr().out
+    assert "run: evaluated on elsewhere/hospital" in capsys.readouterr().out
     after = {path.name: path.read_bytes() for path in Path("run").iterdir()}
     assert json.loads(after.pop("metrics-hospital.json"))["images"] == 11
     assert len(data.read_csv("run/predictions-hospital.csv")) == len(data.read_csv("run/predictions.csv")) - 1
@@ -861,7 +861,7 @@ def test_a_threshold_is_chosen_on_validation(monkeypatch, capsys, rate, share):
     for split, k in itertools.product(("test", "validation"), ("auc", "ece", "loss")):
         assert chosen[split][k] == plain[split][k]
     p = 1 / (1 + math.exp(-chosen["threshold"]))
-    assert plain["threshold"] == 0 and f"run calls PNEUMONIA above a probability of {p:.3g}\n" in capsys.readouterr().out
+    assert plain["threshold"] == 0 and f"run predicts PNEUMONIA above a probability of {p:.3g}\n" in capsys.readouterr().out
 
 
 def test_a_threshold_needs_two_classes(few_phantoms, kermany):
@@ -941,7 +941,7 @@ def test_tables_are_shown_if_no_file_is_written(few_phantoms, capsys):
     save_run("run")
     evaluate.main(["run", "--json", "all.json"])
     before = capsys.readouterr().out
-    assert before.splitlines()[-1] == "written: metrics.json and predictions.csv in each run's folder, all.json"
+    assert before.splitlines()[-1] == "written: metrics and predictions in each run folder, all.json"
     evaluate.main(["run"])
     assert capsys.readouterr().out.splitlines()[-1].endswith("folder; --json FILE keeps the tables")
     table = before[: before.index("\nwritten")]

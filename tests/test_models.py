@@ -426,7 +426,7 @@ def test_weights_of_another_network_are_refused():
 
 def test_weights_for_residuals_are_refused_for_images():
     models.save_checkpoint("a.pt", small(reads="residual"))
-    assert "a.pt reads the --input residual: add that flag" in refused(small, weights="a.pt")
+    assert "a.pt needs --input residual. Add that flag" in refused(small, weights="a.pt")
     assert small(weights="a.pt", reads="residual").facts["from_run"]
 
 

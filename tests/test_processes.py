@@ -282,7 +282,7 @@ def test_networks_read_noise_residuals_in_several_processes(results):
 def test_process_0_writes_and_prints(folder):
     assert {p.name for p in (folder / "run").iterdir()} == {"best.pt", "history.csv"}
     assert len((folder / "run/history.csv").read_text().splitlines()) == 1 + 2
-    assert (folder / "printed-0").read_text().count("run is finished, epoch 2") == 1
+    assert (folder / "printed-0").read_text().count("run is finished after epoch 2") == 1
     assert not (folder / "printed-1").read_text()
 
 
@@ -293,7 +293,7 @@ def test_one_process_does_not_resume_a_run_of_two(folder, few_phantoms, monkeypa
 
 
 def test_two_killed_processes_resume_to_the_same_bits(folder, results):
-    assert (folder / "printed-0").read_text().count("cut is finished, epoch 2") >= 1
+    assert (folder / "printed-0").read_text().count("cut is finished after epoch 2") >= 1
     assert "resuming after epoch 1" in (folder / "printed-0").read_text()
     model, facts = models.load_run(folder / "cut")
     last = torch.cat([p.flatten() for p in model.parameters()])

@@ -205,7 +205,7 @@ def test_unknown_networks_and_sizes_are_refused_first(monkeypatch, wrong):
 def test_too_small_numbers_are_refused(flag, value, capsys):
     with pytest.raises(SystemExit) as end:
         profile_gpu.main(["alexnet", flag, value])
-    assert end.value.code == 2 and "start at 1, --batch-size at 2" in capsys.readouterr().err
+    assert end.value.code == 2 and "must be 1 or more, --batch-size 2 or more" in capsys.readouterr().err
 
 
 # ---- GPU use, tested without a GPU

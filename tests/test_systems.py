@@ -94,7 +94,7 @@ def test_a_defective_teacher_stops_in_time(few_phantoms, monkeypatch, capsys):
     _, facts = models.load_run("stopped")
     assert facts["epoch"] == 5 and facts["config"]["stop_at"] == 0.57
     run(*STOPPED)
-    assert capsys.readouterr().out.endswith("stopped is finished, epoch 5: python evaluate.py stopped\n")
+    assert capsys.readouterr().out.endswith("stopped is finished after epoch 5. Next: python evaluate.py stopped\n")
     run("--teacher", "stopped", "--out", "student", role="student")
     assert "teacher stopped: tiny, stopped at 0.57, epoch 5, " in capsys.readouterr().out
     assert models.load_run("student")[1]["config"]["taught_by"] == ["tiny, stopped at 0.57"]

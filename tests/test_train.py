@@ -778,7 +778,7 @@ def test_a_finished_run_is_not_trained_again(few_phantoms, capsys):
     capsys.readouterr()
     run("--out", "run")
     out = capsys.readouterr().out
-    assert "run is finished, epoch 2: python evaluate.py run" in out and not re.search("epoch +./2", out)
+    assert "run is finished after epoch 2. Next: python evaluate.py run" in out and not re.search("epoch +./2", out)
     assert before == {p.name: p.read_bytes() for p in Path("run").iterdir()}
 
 
@@ -806,7 +806,7 @@ def test_a_run_resumes_only_with_the_config_it_was_begun_with(few_phantoms, monk
     run(*flags, role="student")
     refused(r"lr 0.01 \(now 0.02\)", "--lr", "0.02")
     refused(r"T 1.0 \(now 2.0\), seed 0 \(now 3\)", "--T", "2", "--seed", "3")
-    refused("(other )?first_weights[^,]*", "--weights", "first1")
+    refused("(another )?first_weights[^,]*", "--weights", "first1")
     refused(r"precision float32 \(now bfloat16\)", "--precision", "bfloat16")
     with monkeypatch.context() as patch:
         patch.setattr(train, "processes", lambda: (0, 2))
@@ -818,16 +818,16 @@ def test_a_run_resumes_only_with_the_config_it_was_begun_with(few_phantoms, monk
         patch.setattr(data, "list_phantoms", lambda source: [
             {**r, "label": 1 - r["label"], "kind": 1 - r["kind"]} for r in real(source)])
         patch.setattr(models, "refuse_foreign", lambda *_: None)
-        refused("other train, other val, other test")
+        refused("another train, another val, another test")
     with monkeypatch.context() as patch:
         real_draw = data.draw_blocks
         patch.setattr(data, "draw_blocks", lambda *args: (255 - block for block in real_draw(*args)))
-        refused("other train_pixels, other val_pixels", "--cache", "new")
+        refused("another train_pixels, another val_pixels", "--cache", "new")
     args = student(*flags)
     args.device, args.cache = "cpu:0", "elsewhere"  # neither changes what is trained
     train.train(args)
     Path("first1/best.pt").write_bytes(Path("weights.pt").read_bytes())
-    refused("(other )?teacher_weights[^,]*")
+    refused("(another )?teacher_weights[^,]*")
 
 
 def test_resuming_accepts_other_paths_of_the_same_files(
@@ -1262,7 +1262,7 @@ def test_random_weights_are_not_frozen(few_phantoms):
 def test_a_body_that_reads_residuals_is_not_given_images(few_phantoms):
     run("--out", "first", "--input", "residual")
     flags = ("--weights", "first", "--finetune", "head", "--out", "second")
-    with pytest.raises(data.UserError, match="first reads the --input residual: add that flag"):
+    with pytest.raises(data.UserError, match="first needs --input residual. Add that flag"):
         run(*flags)
     run(*flags, "--input", "residual")
     assert facts_of("second")["input"] == "residual"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Every table that two cores can make: bash results/all.sh, or some of them: bash results/all.sh small labels
 #
-# Parts: demo small squeezenet alphas patient choices labels ten augmented draws cores findings costs. The parts
-# paper, three and course take hours without a GPU and run only if they are named. So do mura and multilabel, which
-# need MURA-v1.1 and ChestX-ray14 from their authors. Finished runs are not trained again, and killed runs resume.
-# All others but demo, findings and costs need the X-rays in data/chest_xray. The parts squeezenet, alphas, patient
-# and choices also need the runs of small, and ten, augmented and draws those of labels.
+# Parts: demo small patient choices labels ten augmented draws cores findings costs. The parts paper, three and
+# course take hours without a GPU and run only if they are named. So do mura and multilabel, which need MURA-v1.1
+# and ChestX-ray14 from their authors. Finished runs are not trained again, and killed runs resume. All but demo,
+# findings and costs need the X-rays in data/chest_xray. The parts patient and choices also need the runs of small,
+# and ten, augmented and draws those of labels.
 # WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's ImageNet weights cannot be fetched. On a CPU with
 # AVX512-BF16, PRECISION=bfloat16 can make the larger convolutional networks faster. Set it for all parts or for none.
 set -euo pipefail
@@ -33,58 +33,27 @@ demo() {
 small() {  # small networks, with random first weights, learn from InceptionV3
   r=runs/small
   for s in 0 1 2 3 4; do
-    t=runs/labels/inception-seed$s x="--data data/chest_xray $tiny $eight --arch shufflenet_v2_x0_5 --seed $s"
-    twenty="$x --lr 0.02 --labels-per-class 10" all="$x --lr 0.05"
+    t=runs/labels/inception-seed$s
     python train.py --role teacher $inception --seed $s --out $t
-    python train.py --role baseline $twenty --out $r/baseline-20-labels-seed$s
-    python train.py --role student $twenty --teacher $r/baseline-20-labels-seed$s --out $r/self-20-labels-seed$s
-    python train.py --role student $twenty --teacher $t --out $r/student-20-labels-seed$s
-    python train.py --role baseline $all --out $r/baseline-all-labels-seed$s
-    python train.py --role student $all --teacher $t --out $r/student-all-labels-seed$s
-    python train.py --role student $all --teacher $t --alpha 1 --out $r/student-alpha1-seed$s
-  done
-  for s in 0 1 2; do
-    t=runs/labels/inception-seed$s m=mobilenet_v3_small-seed$s
-    x="--data data/chest_xray $tiny $eight --arch mobilenet_v3_small --lr 0.05 --seed $s"
-    python train.py --role baseline $x --labels-per-class 10 --out $r/baseline-20-labels-$m
-    python train.py --role student $x --labels-per-class 10 --teacher $t --out $r/student-20-labels-$m
-    python train.py --role baseline $x --out $r/baseline-all-labels-$m
-    python train.py --role student $x --teacher $t --out $r/student-all-labels-$m
+    for arch in shufflenet_v2_x0_5 mobilenet_v3_small squeezenet1_1; do
+      n=$arch-seed$s x="--data data/chest_xray $tiny $eight --arch $arch --seed $s" lr=0.05
+      if [ $arch = shufflenet_v2_x0_5 ]; then lr=0.02; fi
+      if [ $arch = squeezenet1_1 ]; then x="$x --clip 1 $precision"; fi
+      twenty="$x --lr $lr --labels-per-class 10" all="$x --lr 0.05"
+      python train.py --role baseline $twenty --out $r/baseline-20-labels-$n
+      python train.py --role student $twenty --teacher $t --out $r/student-20-labels-$n
+      python train.py --role student $twenty --teacher $r/baseline-20-labels-$n --out $r/self-20-labels-$n
+      python train.py --role baseline $all --out $r/baseline-all-labels-$n
+      python train.py --role student $all --teacher $t --out $r/student-all-labels-$n
+      if [ $arch != mobilenet_v3_small ]; then
+        python train.py --role student $all --teacher $t --alpha 0.5 --out $r/student-alpha0.5-$n
+        python train.py --role student $all --teacher $t --alpha 1 --out $r/student-alpha1-$n
+        python train.py --role student $all --teacher $t --T 4 --out $r/student-T4-$n
+      fi
+    done
   done
   python evaluate.py $r/*seed* runs/labels/inception-seed* --json results/small.json
-}
-
-squeezenet() {  # a third small network
-  r=runs/squeezenet
-  x="--data data/chest_xray $tiny $eight --arch squeezenet1_1 --lr 0.05 --clip 1 $precision"
-  for s in 0 1 2 3 4; do
-    t=runs/labels/inception-seed$s twenty="$x --seed $s --labels-per-class 10"
-    python train.py --role baseline $twenty --out $r/baseline-20-labels-seed$s
-    python train.py --role student $twenty --teacher $r/baseline-20-labels-seed$s --out $r/self-20-labels-seed$s
-    python train.py --role student $twenty --teacher $t --out $r/student-20-labels-seed$s
-    python train.py --role baseline $x --seed $s --out $r/baseline-all-labels-seed$s
-    all="--role student $x --seed $s --teacher $t"
-    python train.py $all --out $r/student-all-labels-seed$s
-    python train.py $all --alpha 0.5 --out $r/student-alpha0.5-seed$s
-    python train.py $all --alpha 1 --out $r/student-alpha1-seed$s
-    python train.py $all --T 4 --out $r/student-T4-seed$s
-  done
-  python evaluate.py $r --json results/squeezenet.json
-  python figures/plots.py costs results/small.json results/squeezenet.json figures/small.svg
-}
-
-alphas() {  # ShuffleNetV2 with all labels: how much weight for the teacher, and which temperature
-  r=runs/alphas
-  x="--data data/chest_xray $tiny $eight --arch shufflenet_v2_x0_5 --lr 0.05"
-  for s in 0 1 2 3 4; do
-    t=runs/labels/inception-seed$s
-    python train.py --role baseline $x --seed $s --out $r/baseline-seed$s
-    for a in 0.5 0.9 1; do
-      python train.py --role student $x --seed $s --teacher $t --alpha $a --out $r/alpha$a-seed$s
-    done
-    python train.py --role student $x --seed $s --teacher $t --T 4 --out $r/T4-seed$s
-  done
-  python evaluate.py $r runs/labels/inception-seed* --json results/alphas.json
+  python figures/plots.py costs results/small.json figures/small.svg
 }
 
 patient() {  # Beyer et al.: student and teacher see the same augmented image, and training takes long
@@ -265,4 +234,4 @@ costs() {  # on a machine that does nothing else
     --rounds 5 --json results/cost-small-student.json
 }
 
-for part in ${@:-demo small squeezenet alphas patient choices labels ten augmented draws cores findings costs}; do $part; done
+for part in ${@:-demo small patient choices labels ten augmented draws cores findings costs}; do $part; done

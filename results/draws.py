@@ -1,9 +1,10 @@
-"""Folders with other labelled images: python results/draws.py FOLDER DRAW [DRAW ...]
+"""Make folders with other labelled images: python results/draws.py FOLDER DRAW [DRAW ...]
 
-Links the images of FOLDER to data/draw-DRAW: in their classes the validation images, and a few
-others of each class, drawn with the seed DRAW; all the rest in train/UNLABELLED. With
-`--labels-per-class 10` and the printed `--val-fraction`, ten images per class have a label, and the
-validation images are those of FOLDER. Draw 0 keeps the ten that this flag keeps in FOLDER.
+data/draw-DRAW holds links to the images of FOLDER. In the folders of its classes are the validation
+images and a few other images, drawn with the seed DRAW. The rest are in train/UNLABELLED. Train
+with `--labels-per-class 10` and the printed `--val-fraction`. Then ten images per class have a
+label, and the validation images are those of FOLDER. Draw 0 keeps the ten that this flag keeps in
+FOLDER.
 """
 
 import random
@@ -13,12 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 
-N = 10  # labels of each class
+N = 10  # labels per class
 
 
 def validation_share(labels):
-    """The --val-fraction that holds back these labels, and how many more of each class it needs: N,
-    or more where a class has more validation images. --labels-per-class hides what is above N."""
+    """Return the --val-fraction that makes images with these labels the validation images, and how
+    many more images this needs per class: at least N. --labels-per-class hides labels above N."""
     counts = labels.bincount().tolist()
     share = min(n / (n + N) for n in counts)
     return round(share, 4), [round(n / share) - n for n in counts]

@@ -295,7 +295,8 @@ def test_cells_of_the_results_stand_in_their_files():
                 figure = re.sub(r" \[.*| ± .*| \(.*", "", part)
                 assert not figure or f" {figure}" in measured, (name, cell)
     with_runs = {path.stem for path in (ROOT / "results").glob("*.json") if "runs" in results(path.stem)}
-    assert files == with_runs - {"temperatures-h100", "ten", "augmented", "choices", "draws", "findings"}  # in sentences
+    assert files == with_runs - {"temperatures-h100", "ten", "augmented", "choices", "draws", "findings",
+                                  "small-other-teachers"}  # figures of these stand in sentences
 
 
 def networks(content):
@@ -328,12 +329,6 @@ def fits(cell, figure, sign=""):
 COLUMNS = {"AUC": "auc", "accuracy": "accuracy", "accuracy (paper)": "accuracy", "ECE": "ece",
            "specificity": "specificity", "validation": "validation"}
 ROWS = {  # the run folders of a table's rows, from top to bottom, without -seedN; "-" is not a run
-    "small": "inception baseline-20-labels student-20-labels self-20-labels baseline-all-labels student-all-labels "
-             "student-alpha1 baseline-20-labels-mobilenet_v3_small student-20-labels-mobilenet_v3_small "
-             "baseline-all-labels-mobilenet_v3_small student-all-labels-mobilenet_v3_small",
-    "squeezenet": "baseline-20-labels student-20-labels self-20-labels baseline-all-labels student-all-labels "
-                  "student-alpha0.5 student-alpha1 student-T4",
-    "alphas": "inception baseline alpha0.5 alpha0.9 alpha1 T4",
     "xrays": "- inception inception-head vgg16 alexnet alexnet-smoothed T1 T1-alpha0.5 T1-alpha1 T1-two-teachers "
              "T1-of-head",
     "two-cores": "inception alexnet T1 T10 T20 T30 T40 T50",
@@ -359,6 +354,22 @@ def test_a_row_of_the_results_is_a_row_of_its_file(name):
                 assert fits(cell, gains[title]["auc"], "+"), (text, cell)
             else:
                 assert fits(cell, networks(content)[title][COLUMNS[column]]), (text, column, cell)
+
+
+def test_each_small_student_stands_in_its_column():
+    """The results page has a table of AUC, and one of gains, with a column per network and a row per kind of run."""
+    columns = ("shufflenet_v2_x0_5", "mobilenet_v3_small", "squeezenet1_1")
+    kinds = ("baseline-20-labels student-20-labels self-20-labels baseline-all-labels student-all-labels "
+             "student-alpha0.5 student-alpha1 student-T4").split()
+    [[_, *aucs], [_, *gains]] = [rows for name, _, rows in linked_tables() if name == "small"]
+    found = {title: row["auc"] for title, row in networks(results("small")).items()}
+    gained = {gain["title"]: gain["figures"]["auc"] for gain in results("small")["gains"]}
+    for rows, titles, figures, sign in ((aucs, kinds, found, ""),
+                                        (gains, [kind for kind in kinds if "baseline" not in kind], gained, "+")):
+        for [text, *cells], kind in zip(rows, titles, strict=True):
+            for cell, column in zip(cells, columns, strict=True):
+                title = f"{kind}-{column}"
+                assert fits(cell, figures[title], sign) if title in figures else not cell, (text, cell)
 
 
 @pytest.mark.parametrize("name", PAIRS)

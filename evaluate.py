@@ -101,7 +101,7 @@ def measure(logits, labels, weights, threshold=0.0):
         "confusion": confusion,
     }
 
-def metrics(logits, labels, classes, threshold=0.0):
+def metrics(logits, labels, threshold=0.0):
     """Return the metrics of all images as plain floats, or lists with a value per finding."""
     if not logits.isfinite().all():
         raise UserError("logits are NaN or infinite: training diverged. Lower --lr or set --clip 1")
@@ -198,7 +198,7 @@ def evaluate_run(path, device, source, cache, loaded, wanted=None):
     if wanted and (data.multilabel or len(data.classes) > 2):
         raise UserError(f"--threshold needs two classes, {source} has {', '.join(data.classes)}")
     threshold = choose_threshold(val, data.val.labels, *wanted) if wanted else 0.0
-    figures = metrics(test, data.test.labels, data.classes, threshold)
+    figures = metrics(test, data.test.labels, threshold)
     # The samples are the same for every run, so that differences between two runs are paired.
     samples = measure(test, data.test.labels, bootstrap_weights(data.test.groups), threshold)
     figures["interval"] = {k: interval(samples[k][1:]).tolist() for k in COLUMNS + MORE}
@@ -206,7 +206,7 @@ def evaluate_run(path, device, source, cache, loaded, wanted=None):
             "cost": cost(model, size), "val": val, "test": test, "figures": figures,
             "samples": samples, "threshold": threshold,
             "suffix": f"-{Path(source).name}" if elsewhere else "",  # of the files that are written
-            "validation": metrics(val, data.val.labels, data.classes, threshold)}
+            "validation": metrics(val, data.val.labels, threshold)}
 
 def compared(config, *more):
     """Return what runs are compared by: their config without PATHS and other sets of names."""

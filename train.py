@@ -291,7 +291,7 @@ def validate(trainable, inputs, data, device):
         logits = logits.to(device)
         dist.broadcast(logits, 0)
         logits = logits.cpu()
-    figures = metrics(logits, labels, data.classes)
+    figures = metrics(logits, labels)
     loss, _, _ = distillation_loss(logits, None, labels, T=1, alpha=0)
     kept = ("accuracy", "specificity", "sensitivity", "auc")
     return figures, {"val_loss": loss.item(), **{f"val_{k}": mean(figures[k]) for k in kept}}

@@ -113,7 +113,7 @@ def costs(*contents):
     ax.set_xticks([*ticks], names, fontsize="small")
     for k, (kind, points) in enumerate(kinds.items()):
         x, y, low, high = np.array(points).T
-        ax.errorbar(x, y, [y - low, high - y], label=kind, fmt="os^Dv*PX"[k % 8])
+        ax.errorbar(x, y, [y - low, high - y], label=kind, fmt="os^Dv*PXh"[k % 9])
     fig.legend(loc="outside upper center", ncols=3)
     return fig
 

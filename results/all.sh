@@ -3,9 +3,9 @@
 #
 # Parts: demo small patient choices labels ten augmented draws cores findings costs. The parts paper, three and
 # course take hours without a GPU and run only if they are named. So do mura and multilabel, which need MURA-v1.1
-# and ChestX-ray14 from their authors. Finished runs are not trained again, and killed runs resume. All but demo,
-# findings and costs need the X-rays in data/chest_xray. The parts patient and choices also need the runs of small,
-# and ten, augmented and draws those of labels.
+# and ChestX-ray14 from their authors. All others but demo, findings and costs need the X-rays in data/chest_xray.
+# The parts patient and choices also need the runs of small, and ten, augmented and draws those of labels. Finished
+# runs are not trained again, and killed runs resume. The figures need matplotlib (pip install matplotlib).
 # WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's ImageNet weights cannot be fetched. On a CPU with
 # AVX512-BF16, PRECISION=bfloat16 can make the larger convolutional networks faster. Set it for all parts or for none.
 set -euo pipefail
@@ -46,9 +46,9 @@ small() {  # small networks, with random first weights, learn from InceptionV3
       python train.py --role baseline $all --out $r/baseline-all-labels-$n
       python train.py --role student $all --teacher $t --out $r/student-all-labels-$n
       if [ $arch != mobilenet_v3_small ]; then
-        python train.py --role student $all --teacher $t --alpha 0.5 --out $r/student-alpha0.5-$n
-        python train.py --role student $all --teacher $t --alpha 1 --out $r/student-alpha1-$n
-        python train.py --role student $all --teacher $t --T 4 --out $r/student-T4-$n
+        python train.py --role student $all --teacher $t --alpha 0.5 --out $r/student-all-labels-alpha0.5-$n
+        python train.py --role student $all --teacher $t --alpha 1 --out $r/student-all-labels-alpha1-$n
+        python train.py --role student $all --teacher $t --T 4 --out $r/student-all-labels-T4-$n
       fi
     done
   done
@@ -137,7 +137,7 @@ draws() {  # ten other labels of each class, the rest in train/UNLABELLED
 }
 
 cores() {  # the temperatures
-  r=runs/two-cores teacher=runs/labels/inception  # the same teachers as for the labels
+  r=runs/two-cores teacher=runs/labels/inception  # two-cores.json has other teachers
   for s in 0 1 2; do
     python train.py --role teacher $inception --seed $s --out $teacher-seed$s
     python train.py --role baseline $xrays --seed $s --out $r/alexnet-seed$s

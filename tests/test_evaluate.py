@@ -49,7 +49,7 @@ def ones(n):
 
 
 def test_binary_figures_against_hand_counts():
-    m = metrics(LOGITS, LABELS, ["NORMAL", "PNEUMONIA"])
+    m = metrics(LOGITS, LABELS)
     assert m["confusion"] == [[2, 1], [1, 3]]
     wanted = {"accuracy": 5 / 7, "specificity": 2 / 3, "sensitivity": 3 / 4, "precision": 3 / 4, "f1": 3 / 4}
     for name, value in wanted.items():
@@ -60,7 +60,7 @@ def test_binary_figures_against_hand_counts():
 
 def test_accuracy_is_right_calls_over_all_images():
     logits, labels = torch.randn(101, 2), torch.randint(2, (101,))
-    m = metrics(logits, labels, ["a", "b"])
+    m = metrics(logits, labels)
     (tn, fp), (fn, tp) = m["confusion"]
     assert tn + fp + fn + tp == 101 and m["accuracy"] == pytest.approx((tp + tn) / 101, abs=1e-12)
     assert m["sensitivity"] == pytest.approx(tp / (tp + fn)) and m["specificity"] == pytest.approx(tn / (tn + fp))
@@ -88,8 +88,8 @@ def test_images_of_very_sure_networks_do_not_tie():
     labels = torch.tensor([0, 1, 0, 1, 0, 1])
     assert (margins.double().sigmoid() == 1).sum() >= 5
     logits = torch.stack([torch.zeros(6), margins], 1)
-    assert metrics(logits, labels, ["a", "b"])["auc"] == pytest.approx(6 / 9)  # 39 beats 38; 45 two; 80 three
-    assert metrics(-logits, labels, ["a", "b"])["auc"] == pytest.approx(3 / 9)
+    assert metrics(logits, labels)["auc"] == pytest.approx(6 / 9)  # 39 beats 38; 45 two; 80 three
+    assert metrics(-logits, labels)["auc"] == pytest.approx(3 / 9)
 
 
 def test_auc_of_three_sure_classes_against_decimals():
@@ -107,7 +107,7 @@ def test_auc_of_three_sure_classes_against_decimals():
     for k in range(3):
         yes, no = ([o[k] for o, y in zip(odds, labels.tolist(), strict=True) if (y == k) is t] for t in (True, False))
         brute += sum((a > b) + (a == b) / 2 for a in yes for b in no) / (len(yes) * len(no)) / 3
-    assert metrics(logits, labels, ["a", "b", "c"])["auc"] == pytest.approx(brute, abs=1e-12)
+    assert metrics(logits, labels)["auc"] == pytest.approx(brute, abs=1e-12)
 
 
 def test_equal_odds_tie_in_any_order_of_classes():
@@ -123,7 +123,7 @@ def test_equal_odds_tie_in_any_order_of_classes():
                  for b, other in zip(odds, labels.tolist(), strict=True) if other != k]
         wins = sum(0.5 if a == b or abs(values[a] - values[b]) < 1e-12 else values[a] > values[b] for a, b in pairs)
         wanted += wins / len(pairs) / 3
-    assert metrics(logits, labels, ["a", "b", "c"])["auc"] == pytest.approx(wanted, abs=1e-12)
+    assert metrics(logits, labels)["auc"] == pytest.approx(wanted, abs=1e-12)
 
 
 def test_auc_of_a_single_class_is_not_a_number():
@@ -152,7 +152,7 @@ def test_calibration_error_against_loops():
 
 def test_three_class_figures_are_macro_means():
     logits, labels = torch.randn(90, 3), torch.randint(3, (90,))
-    m, called = metrics(logits, labels, ["a", "b", "c"]), logits.argmax(1)
+    m, called = metrics(logits, labels), logits.argmax(1)
     assert m["accuracy"] == pytest.approx((called == labels).double().mean().item())
     recalls = [(called[labels == c] == c).double().mean().item() for c in range(3)]
     specs = [(called[labels != c] != c).double().mean().item() for c in range(3)]
@@ -167,30 +167,30 @@ def test_three_class_figures_are_macro_means():
 def test_findings_have_one_value_each():
     logits, labels = torch.randn(50, 3), torch.randint(2, (50, 3)).float()
     labels[:10, 1] = math.nan
-    m = metrics(logits, labels, ["a", "b", "c"])
+    m = metrics(logits, labels)
     for k, rows in ((0, slice(None)), (1, slice(10, None))):
         z = torch.stack([torch.zeros(50), logits[:, k]], 1)[rows]
-        alone = metrics(z, labels[rows, k].long(), ["no", "yes"])
+        alone = metrics(z, labels[rows, k].long())
         for name in NAMES:
             assert m[name][k] == pytest.approx(alone[name], abs=1e-9), name
         assert m["confusion"][k] == alone["confusion"]
 
 
 def test_a_finding_is_positive_above_logit_0():
-    m = metrics(torch.tensor([[0.2], [-0.2], [0.7], [-0.7], [0.0]]), torch.tensor([[1.0], [0], [0], [1], [0]]), ["a"])
+    m = metrics(torch.tensor([[0.2], [-0.2], [0.7], [-0.7], [0.0]]), torch.tensor([[1.0], [0], [0], [1], [0]]))
     assert m["confusion"] == [[[2, 1], [1, 1]]] and m["accuracy"] == [0.6]
 
 
 def test_the_loss_is_the_weighted_cross_entropy():
     z, labels = torch.tensor([[0.0, 0.0], [0.0, math.log(3)]]), torch.tensor([1, 0])  # told 1/2 and 1/4
-    assert metrics(z, labels, ["a", "b"])["loss"] == pytest.approx(1.5 * math.log(2), abs=1e-7)
+    assert metrics(z, labels)["loss"] == pytest.approx(1.5 * math.log(2), abs=1e-7)
     weights = torch.tensor([[3.0, 1.0]])
     assert measure(z, labels, weights)["loss"].item() == pytest.approx(1.25 * math.log(2), abs=1e-7)
 
 
 def test_logits_that_are_not_finite_are_refused():
     with pytest.raises(data.UserError, match="diverged"):
-        metrics(torch.tensor([[math.nan, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), ["a", "b"])
+        metrics(torch.tensor([[math.nan, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
 
 
 # ---- a threshold
@@ -216,7 +216,7 @@ def test_a_threshold_is_the_best_of_all(rate, share):
         logits[:, 0] = 0
         scores = (logits[:, 1] - logits[:, 0]).tolist()
         edge = evaluate.choose_threshold(logits, labels, rate, share)
-        m = metrics(logits, labels, NORMAL, edge)
+        m = metrics(logits, labels, edge)
         assert m[rate] >= share - 1e-12 and m[other] == best_other_rate(scores, labels.tolist(), rate, share)
         assert edge not in scores  # an image just below or above is called as its equal was
 
@@ -232,7 +232,7 @@ def test_bootstrap_figures_are_those_of_the_sample():
     assert weights.shape == (6, 40) and (weights[0] == 1).all()  # first the images themselves
     for r in range(6):
         rows = torch.arange(40).repeat_interleave(weights[r].long())
-        again = metrics(logits[rows], labels[rows], ["a", "b"])
+        again = metrics(logits[rows], labels[rows])
         for name in NAMES:
             assert samples[name][r].item() == pytest.approx(again[name], abs=1e-9), name
 
@@ -460,7 +460,7 @@ def test_two_folders_of_one_seed_are_no_two_seeds(role):
 def judged(name, logits, labels, classes=NORMAL, seed=0, done=None, last=None, commit="abc", val="hash of val", **changes):
     """Return a run as the table takes it, of any logits. done: its epochs so far, otherwise all."""
     split = SimpleNamespace(labels=labels, groups=list(range(len(labels))))
-    figures, record = metrics(logits, labels, classes), a_run(folder=name, seed=seed, val=val, **changes)
+    figures, record = metrics(logits, labels), a_run(folder=name, seed=seed, val=val, **changes)
     epochs = record["config"]["epochs"] if done is None else done
     facts = {"config": record["config"], "history": [{}] * epochs, "last": last, "train_accuracy": 0.5,
              "provenance": {"commit": commit}}
@@ -605,7 +605,7 @@ def test_samples_of_one_class_are_left_out():
 
 
 def test_without_positives_there_is_no_precision():
-    m = metrics(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 0]), ["a", "b"])
+    m = metrics(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 0]))
     assert math.isnan(m["precision"]) and math.isnan(m["sensitivity"]) and math.isnan(m["f1"])
 
 
@@ -654,7 +654,7 @@ def test_notes_tell_what_a_table_leaves_open():
     assert "always predicting PNEUMONIA has accuracy 66.7" in told and "positive: PNEUMONIA" in told
     assert [line for line in told if "every image" in line] == [
         "dead predicts NORMAL for every image", "shifted predicts NORMAL for every image"]
-    assert not any("validation images" in line or "gain" in line for line in told)
+    assert not any("validation images" in line or "left out" in line for line in told)
     three = notes([judged("a", torch.randn(60, 3), labels, ["NORMAL", "BACTERIAL", "VIRAL"])])
     assert not any("positive" in line for line in three)
     moved = judged("moved", torch.randn(60, 2), labels, lr=0.7, val="others")
@@ -693,8 +693,7 @@ def save_run(folder, source="phantoms", role="baseline", network=0, size=32, bia
             model.fc.weight.zero_()
             model.fc.bias.copy_(torch.tensor(bias))
     val_inputs = models.from_images(loaded.val.images, CPU)
-    validation = metrics(evaluate.predict(model, val_inputs, len(loaded.val.ids), CPU), loaded.val.labels,
-                         loaded.classes)
+    validation = metrics(evaluate.predict(model, val_inputs, len(loaded.val.ids), CPU), loaded.val.labels)
     models.save_checkpoint(
         Path(folder) / "best.pt", model, **train.run_facts(args, loaded, model, []), history=[{"epoch": 1}],
         last=None, epoch=1, train_accuracy=0.5, validation=validation)
@@ -1073,10 +1072,10 @@ def test_predictions_rebuild_the_figures(kermany, few_phantoms):
                 for row in rows:
                     assert classes[int(row["label"])] in row["image"] and row["patient"] == data.PATIENT.search(row["image"])[0]
                 assert torch.allclose(p.sum(1), torch.ones(len(p)).double(), atol=1e-6)
-                again = metrics(p.log(), torch.tensor([int(row["label"]) for row in rows]), classes)
+                again = metrics(p.log(), torch.tensor([int(row["label"]) for row in rows]))
             else:
                 labels = torch.tensor([[float(row[f"label {name}"]) for name in classes] for row in rows])
-                again = metrics(p.logit(), labels, classes)
+                again = metrics(p.logit(), labels)
             for name in ("accuracy", "auc", "loss"):
                 assert stored(out)[split][name] == pytest.approx(again[name], abs=1e-4), name
 

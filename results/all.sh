@@ -4,7 +4,7 @@
 # Parts: demo small patient choices labels ten augmented draws cores findings costs. The parts paper, three and
 # course take hours without a GPU and run only if they are named. So do mura and multilabel, which need MURA-v1.1
 # and ChestX-ray14 from their authors. All others but demo, findings and costs need the X-rays in data/chest_xray.
-# The parts patient and choices also need the runs of small, and ten, augmented and draws those of labels. Finished
+# The parts patient and choices also need the teachers of small, and ten, augmented and draws those of labels. Finished
 # runs are not trained again, and killed runs resume. The figures need matplotlib (pip install matplotlib).
 # WEIGHTS and TEACHER_WEIGHTS name files, if torchvision's ImageNet weights cannot be fetched. On a CPU with
 # AVX512-BF16, PRECISION=bfloat16 can make the larger convolutional networks faster. Set it for all parts or for none.
@@ -52,7 +52,7 @@ small() {  # small networks, with random first weights, learn from InceptionV3
       fi
     done
   done
-  python evaluate.py $r/*seed* runs/labels/inception-seed* --json results/small.json
+  python evaluate.py $r runs/labels/inception-seed* --json results/small.json
   python figures/plots.py costs results/small.json figures/small.svg
 }
 
@@ -76,16 +76,16 @@ patient() {  # Beyer et al.: student and teacher see the same augmented image, a
 }
 
 choices() {  # other choices of the small student's 20 labels
-  r=runs/small t=runs/labels/inception-seed0
+  r=runs/choices t=runs/labels/inception-seed0
   x="$tiny $eight --arch shufflenet_v2_x0_5 --lr 0.02 --labels-per-class 10"
   python results/draws.py data/chest_xray 1 2
   for d in 1 2; do
     drawn="--data data/draw-$d --val-fraction 0.9306 $x"
-    python train.py --role baseline $drawn --out $r/draws/baseline-$d
-    python train.py --role student $drawn --teacher $t --out $r/draws/student-$d
-    python train.py --role student $drawn --teacher $r/draws/baseline-$d --out $r/draws/self-$d
+    python train.py --role baseline $drawn --out $r/baseline-$d
+    python train.py --role student $drawn --teacher $t --out $r/student-$d
+    python train.py --role student $drawn --teacher $r/baseline-$d --out $r/self-$d
   done
-  python evaluate.py $r/draws --json results/choices.json
+  python evaluate.py $r --json results/choices.json
 }
 
 labels() {

@@ -408,7 +408,7 @@ def test_figures_that_stand_in_sentences():
 
 def test_shares_of_healthy_images_that_are_called_sick():
     """A range in a sentence is that of the means over seeds: on the README of all networks with all labels, on the
-    results page of all networks of the paper's part, and of all small networks of the first table."""
+    results page of all networks of the paper's part, and of all small networks of small.json."""
     def shares(name, every_label=False):
         groups = {}
         for path, run in results(name).get("runs", {}).items():
